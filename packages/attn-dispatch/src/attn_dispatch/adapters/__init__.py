@@ -1,0 +1,1 @@
+"""Hosts: how an attention is caught and handed to a handler."""

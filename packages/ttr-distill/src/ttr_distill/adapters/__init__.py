@@ -1,0 +1,1 @@
+"""Hosts whose transformers a student can serve."""

@@ -1,0 +1,471 @@
+import threading
+from typing import Any
+
+import pytest
+import torch
+from attn_dispatch import (
+    AttentionCall,
+    AttentionRouter,
+    LayerKey,
+    LayerRange,
+    NativeAttention,
+    Route,
+    SdpaMode,
+    StepContext,
+    TokenLayout,
+)
+from attn_dispatch.testing import RecordingHandler, TinyDiT
+from attn_kernels import TokenGrid
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from ttr_distill.adapters.diffusers import DiffusersHost, attention_shape, layers
+
+diffusers = pytest.importorskip("diffusers")
+
+WORDS = 5
+NAMES = ("double:0", "double:1", "single:0", "single:1", "single:2")
+
+
+@pytest.fixture(scope="module")
+def flux() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = diffusers.FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=3,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            pooled_projection_dim=64,
+            axes_dims_rope=(8, 12, 12),
+        )
+    return model.eval()
+
+
+def fractional_ids(rows: int, columns: int, *, image: float = 0.0, scale: float = 16.0) -> Tensor:
+    row = (torch.arange(rows) + 0.5) * scale / rows
+    column = (torch.arange(columns) + 0.5) * scale / columns
+    ids = torch.full((rows * columns, 3), image)
+    ids[:, 1] = row.repeat_interleave(columns)
+    ids[:, 2] = column.repeat(rows)
+    return ids
+
+
+def make_inputs(rows: int = 3, columns: int = 4, *, batch: int = 1, ids: Tensor | None = None) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+    ids = fractional_ids(rows, columns) if ids is None else ids
+    return {
+        "hidden_states": torch.randn(batch, ids.shape[-2], 16, generator=g),
+        "encoder_hidden_states": torch.randn(batch, WORDS, 64, generator=g),
+        "pooled_projections": torch.randn(batch, 64, generator=g),
+        "timestep": torch.full((batch,), 0.75),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(WORDS, 3),
+        "return_dict": False,
+    }
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+
+
+def assert_untouched(model: nn.Module) -> None:
+    assert count_hooks(model) == 0
+    assert _get_current_function_mode_stack() == []
+
+
+class Raising(RecordingHandler):
+    def __init__(self, error: BaseException, after: int) -> None:
+        super().__init__()
+        self.error = error
+        self.after = after
+
+    def __call__(self, call: AttentionCall, native: NativeAttention) -> Tensor:
+        if len(self.calls) == self.after:
+            raise self.error
+        return super().__call__(call, native)
+
+
+class Constant(RecordingHandler):
+    def __call__(self, call: AttentionCall, native: NativeAttention) -> Tensor:
+        self.calls.append(call)
+        return torch.zeros_like(call.q)
+
+
+def test_layers_and_shape(flux: nn.Module) -> None:
+    assert tuple(map(str, layers(flux))) == NAMES
+    assert attention_shape(flux) == (4, 32)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_attention_arrives_with_layer_step_and_layout(flux: nn.Module, inference: bool, batch: int) -> None:
+    inputs = make_inputs(batch=batch)
+    handler = RecordingHandler()
+    with torch.inference_mode(inference):
+        expected = flux(**inputs)[0]
+        with DiffusersHost(flux, handler, cfg_scale=3.0, cond_or_uncond=(0, 1)[:batch]) as host:
+            inside = flux(**inputs)[0]
+        after = flux(**inputs)[0]
+    assert torch.equal(inside, expected)
+    assert torch.equal(after, expected)
+    assert_untouched(flux)
+    assert not host.declines
+    assert tuple(str(call.layer) for call in handler.calls) == NAMES
+    for call in handler.calls:
+        assert tuple(call.q.shape) == tuple(call.v.shape) == (batch, 4, WORDS + 12, 32)
+        assert call.step == StepContext(0.75, 3.0, (3, 4), (0, 1)[:batch])
+        assert call.layout == TokenLayout(WORDS + 12, ((0, WORDS),), (TokenGrid(WORDS, 3, 4),))
+    assert (handler.begun, handler.ended) == (0, 0)
+
+
+def test_positional_inputs_are_read(flux: nn.Module) -> None:
+    inputs = make_inputs()
+    handler = RecordingHandler()
+    with DiffusersHost(flux, handler):
+        flux(*(inputs[name] for name in list(inputs)[:-1]), return_dict=False)
+    assert handler.calls[0].step == StepContext(0.75, 1.0, (3, 4))
+
+
+def test_steps_follow_the_timestep(flux: nn.Module) -> None:
+    inputs = make_inputs()
+    handler = RecordingHandler()
+    with DiffusersHost(flux, handler):
+        for sigma in (1.0, 0.5):
+            flux(**{**inputs, "timestep": torch.tensor([sigma])})
+    sigmas = [call.step.sigma for call in handler.calls if call.step is not None]
+    assert sigmas == [1.0] * 5 + [0.5] * 5
+
+
+def test_a_batch_of_different_steps_has_no_step(flux: nn.Module) -> None:
+    handler = RecordingHandler()
+    with DiffusersHost(flux, handler):
+        flux(**{**make_inputs(batch=2), "timestep": torch.tensor([0.5, 0.4])})
+    assert {call.step for call in handler.calls} == {None}
+
+
+def test_queries_and_keys_carry_rope(flux: nn.Module) -> None:
+    handler = RecordingHandler()
+    still, moved = make_inputs(), make_inputs(ids=fractional_ids(3, 4, scale=48.0))
+    with DiffusersHost(flux, handler):
+        flux(**still)
+        flux(**moved)
+    first, second = handler.calls[0], handler.calls[5]
+    assert torch.equal(first.q[:, :, :WORDS], second.q[:, :, :WORDS])
+    assert not torch.allclose(first.q[:, :, WORDS:], second.q[:, :, WORDS:], atol=1e-2)
+    assert torch.equal(first.v, second.v)
+
+
+@pytest.mark.parametrize(
+    ("ids", "latent_size", "grids", "references", "step_size"),
+    [
+        (fractional_ids(1, 6), None, ((1, 6),), (), (1, 6)),
+        (fractional_ids(6, 1), None, ((6, 1),), (), (6, 1)),
+        (fractional_ids(3, 4)[None], None, ((3, 4),), (), (3, 4)),
+        (fractional_ids(3, 4), (6, 8), ((3, 4),), (), (6, 8)),
+        (fractional_ids(3, 4)[torch.randperm(12, generator=torch.Generator().manual_seed(0))], None, (), (), (0, 0)),
+        (fractional_ids(3, 4).flip(0).sort(0).values, (3, 4), ((3, 4),), (), (3, 4)),
+        (torch.cat([fractional_ids(3, 4), fractional_ids(2, 3, image=1)]), None, ((3, 4),), ((2, 3),), (3, 4)),
+        (torch.cat([fractional_ids(3, 4), fractional_ids(2, 3, image=1)]), (3, 4), ((3, 4),), ((2, 3),), (3, 4)),
+        (fractional_ids(3, 4)[:11], None, (), (), (0, 0)),
+    ],
+)
+def test_grids_are_read_and_never_guessed(
+    flux: nn.Module,
+    ids: Tensor,
+    latent_size: tuple[int, int] | None,
+    grids: tuple[tuple[int, int], ...],
+    references: tuple[tuple[int, int], ...],
+    step_size: tuple[int, int],
+) -> None:
+    handler = RecordingHandler()
+    with torch.no_grad(), DiffusersHost(flux, handler, latent_size=latent_size):
+        flux(**make_inputs(ids=ids))
+    layout, step = handler.calls[0].layout, handler.calls[0].step
+    assert layout is not None
+    assert step is not None
+    assert layout.text == ((0, WORDS),)
+    assert layout.length == WORDS + ids.shape[-2]
+    assert tuple((grid.rows, grid.columns) for grid in layout.grids) == grids
+    assert tuple((grid.rows, grid.columns) for grid in layout.references) == references
+    assert [grid.start for grid in layout.references] == [WORDS + 12] * len(references)
+    assert step.latent_size == step_size
+
+
+def test_new_ids_are_read_anew(flux: nn.Module) -> None:
+    handler = RecordingHandler()
+    with torch.no_grad(), DiffusersHost(flux, handler):
+        flux(**make_inputs(3, 4))
+        flux(**make_inputs(6, 2))
+    assert handler.calls[-1].layout == TokenLayout(WORDS + 12, ((0, WORDS),), (TokenGrid(WORDS, 6, 2),))
+
+
+def test_a_latent_size_that_does_not_fit_is_an_error(flux: nn.Module) -> None:
+    host = DiffusersHost(flux, RecordingHandler(), latent_size=(5, 5))
+    with pytest.raises(ValueError, match=r"latent_size \(5, 5\) does not fit 12 image tokens"), host:
+        flux(**make_inputs())
+    assert_untouched(flux)
+    with pytest.raises(ValueError, match="positive"):
+        DiffusersHost(flux, RecordingHandler(), latent_size=(0, 5))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt()])
+@pytest.mark.parametrize("after", [0, 3])
+def test_an_error_leaves_nothing_behind(flux: nn.Module, error: BaseException, after: int) -> None:
+    inputs = make_inputs()
+    with torch.inference_mode():
+        expected = flux(**inputs)[0]
+        with pytest.raises(type(error)) as caught, DiffusersHost(flux, Raising(error, after)):
+            flux(**inputs)
+        assert caught.value is error
+        assert_untouched(flux)
+        assert torch.equal(flux(**inputs)[0], expected)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt()])
+def test_a_run_goes_on_after_an_error_inside_the_context(flux: nn.Module, error: BaseException) -> None:
+    handler = Raising(error, 3)
+    with torch.no_grad(), DiffusersHost(flux, handler):
+        with pytest.raises(type(error)):
+            flux(**make_inputs())
+        handler.after = -1
+        flux(**make_inputs())
+    assert tuple(str(call.layer) for call in handler.calls[3:]) == NAMES
+    assert_untouched(flux)
+
+
+def test_after_an_error_nothing_more_is_caught(flux: nn.Module) -> None:
+    handler = Raising(RuntimeError("bug"), 3)
+    x = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), DiffusersHost(flux, handler):
+        with pytest.raises(RuntimeError, match="bug"):
+            flux(**make_inputs())
+        handler.after = -1
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        assert _get_current_function_mode_stack() == []
+    assert len(handler.calls) == 3
+
+
+def test_hooks_of_others_run_outside_the_mode(flux: nn.Module) -> None:
+    depth: list[int] = []
+    attention = flux.get_submodule("transformer_blocks.0.attn")
+
+    def look(module: nn.Module, args: object, output: object) -> None:
+        depth.append(len(_get_current_function_mode_stack()))
+
+    before = attention.register_forward_hook(look)
+    with torch.no_grad(), DiffusersHost(flux, RecordingHandler()), DiffusersHost(flux, RecordingHandler()):
+        after = attention.register_forward_hook(look)
+        flux(**make_inputs())
+        after.remove()
+    before.remove()
+    assert depth == [0, 0]
+
+
+def test_an_interrupt_in_nested_hosts_leaves_nothing_behind(flux: nn.Module) -> None:
+    outer, inner = DiffusersHost(flux, RecordingHandler()), DiffusersHost(flux, Raising(KeyboardInterrupt(), 2))
+    with pytest.raises(KeyboardInterrupt), outer, inner:
+        flux(**make_inputs())
+    assert_untouched(flux)
+
+
+def test_an_error_before_our_hook_leaves_nothing_behind(flux: nn.Module) -> None:
+    def fail(module: nn.Module, args: object) -> None:
+        raise RuntimeError("another hook")
+
+    attention = flux.get_submodule("single_transformer_blocks.1.attn")
+    foreign = attention.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="another hook"), DiffusersHost(flux, RecordingHandler()):
+            flux(**make_inputs())
+    finally:
+        foreign.remove()
+    assert_untouched(flux)
+
+
+def test_hosts_nest(flux: nn.Module) -> None:
+    inputs = make_inputs()
+    outer, inner = RecordingHandler(), RecordingHandler()
+    with torch.inference_mode():
+        expected = flux(**inputs)[0]
+        with DiffusersHost(flux, outer, cfg_scale=2.0):
+            with DiffusersHost(flux, inner, cfg_scale=5.0):
+                assert torch.equal(flux(**inputs)[0], expected)
+            assert (len(outer.calls), len(inner.calls)) == (5, 5)
+            flux(**inputs)
+    assert (len(outer.calls), len(inner.calls)) == (10, 5)
+    assert {call.step.cfg_scale for call in outer.calls if call.step} == {2.0}
+    assert {call.step.cfg_scale for call in inner.calls if call.step} == {5.0}
+    assert tuple(str(call.layer) for call in outer.calls[:5]) == NAMES
+    assert_untouched(flux)
+
+
+def test_the_inner_host_answers_first(flux: nn.Module) -> None:
+    outer, inner = RecordingHandler(), Constant()
+    with torch.no_grad(), DiffusersHost(flux, outer), DiffusersHost(flux, inner):
+        flux(**make_inputs())
+    assert (len(outer.calls), len(inner.calls)) == (0, 5)
+
+
+def test_a_host_can_be_entered_again_but_not_twice_at_once(flux: nn.Module) -> None:
+    handler = RecordingHandler()
+    host = DiffusersHost(flux, handler)
+    for _ in range(2):
+        with torch.no_grad(), host:
+            flux(**make_inputs())
+    assert len(handler.calls) == 10
+    with host, pytest.raises(ValueError, match="entered already"), host:
+        pass
+    assert_untouched(flux)
+
+
+def test_outside_attention_modules_nothing_is_caught(flux: nn.Module) -> None:
+    handler = RecordingHandler()
+    x = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    depth: list[int] = []
+    mlp = flux.get_submodule("single_transformer_blocks.0.proj_mlp")
+    watch = mlp.register_forward_pre_hook(lambda module, args: depth.append(len(_get_current_function_mode_stack())))
+    try:
+        with torch.no_grad(), DiffusersHost(flux, handler):
+            torch.nn.functional.scaled_dot_product_attention(x, x, x)
+            flux(**make_inputs())
+    finally:
+        watch.remove()
+    assert depth == [0]
+    assert len(handler.calls) == 5
+
+
+def test_attention_over_other_tokens_has_no_layer(flux: nn.Module) -> None:
+    handler = RecordingHandler()
+    attention = flux.get_submodule("single_transformer_blocks.1.attn")
+    x = torch.randn(1, 4, 3, 32, generator=torch.Generator().manual_seed(0))
+
+    def image_prompt(module: nn.Module, args: object) -> None:
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    with torch.no_grad(), DiffusersHost(flux, handler):
+        extra = attention.register_forward_pre_hook(image_prompt)
+        try:
+            flux(**make_inputs())
+        finally:
+            extra.remove()
+    odd = handler.calls[3]
+    assert (odd.layer, odd.layout) == (None, None)
+    assert tuple(str(call.layer) for call in handler.calls if call is not odd) == NAMES
+
+
+def test_a_block_called_alone_has_a_layer_but_no_step(flux: nn.Module) -> None:
+    handler = RecordingHandler()
+    with torch.no_grad(), DiffusersHost(flux, handler):
+        flux(**make_inputs())
+        flux.get_submodule("single_transformer_blocks.2.attn")(hidden_states=torch.zeros(1, 6, 128))
+    last = handler.calls[-1]
+    assert (str(last.layer), last.step, last.layout) == ("single:2", None, None)
+
+
+def test_a_router_with_a_layer_range_swaps_those_layers_only(flux: nn.Module) -> None:
+    class Zeros:
+        name = "zeros"
+
+        def refuses(self, call: AttentionCall) -> str | None:
+            return None
+
+        def __call__(self, call: AttentionCall) -> Tensor:
+            return torch.zeros_like(call.q)
+
+    router = AttentionRouter([Route(Zeros(), (LayerRange(LayerKey("double", 1), LayerKey("single", 1)),))])
+    inputs = make_inputs()
+    with torch.inference_mode():
+        expected = flux(**inputs)[0]
+        with DiffusersHost(flux, router):
+            assert not torch.allclose(flux(**inputs)[0], expected)
+        assert torch.equal(flux(**inputs)[0], expected)
+    assert router.report.counts() == {"native": 2, "zeros": 3}
+    assert set(router.report.declines()) == {
+        "layer double:0 is outside double:1..single:1",
+        "layer single:2 is outside double:1..single:1",
+    }
+
+
+def test_two_threads_do_not_mix_on_one_model(flux: nn.Module) -> None:
+    inputs = make_inputs()
+    barrier = threading.Barrier(2, timeout=30)
+    found: dict[str, list[bool]] = {"native": [], "zeros": []}
+    with torch.no_grad():
+        exact = flux(**inputs)[0]
+        with DiffusersHost(flux, Constant()):
+            zeroed = flux(**inputs)[0]
+    assert not torch.allclose(exact, zeroed)
+
+    def work(name: str, handler: RecordingHandler, expected: Tensor) -> None:
+        with torch.no_grad(), DiffusersHost(flux, handler):
+            barrier.wait()
+            for _ in range(5):
+                found[name].append(torch.equal(flux(**inputs)[0], expected))
+            barrier.wait()
+        found[name].append(len(handler.calls) == 25)
+
+    threads = [
+        threading.Thread(target=work, args=("native", RecordingHandler(), exact)),
+        threading.Thread(target=work, args=("zeros", Constant(), zeroed)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {"native": [True] * 6, "zeros": [True] * 6}
+    assert_untouched(flux)
+
+
+def test_another_model_with_such_blocks_is_served() -> None:
+    model = TinyDiT()
+    handler = RecordingHandler()
+    assert attention_shape(model) == (2, 16)
+    with torch.no_grad(), DiffusersHost(model, handler), SdpaMode(RecordingHandler()):
+        model(**model.example(4, 3))
+    assert [call.layer for call in handler.calls] == list(layers(model))
+    assert handler.calls[0].layout == TokenLayout(17, ((0, 5),), (TokenGrid(5, 4, 3),))
+
+
+def test_flux_2_is_served() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = diffusers.Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(8, 8, 8, 8),
+            guidance_embeds=False,
+        ).eval()
+    ids = torch.cat([fractional_ids(3, 4), torch.zeros(12, 1)], dim=1)
+    inputs = make_inputs(ids=ids)
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][..., :24]
+    inputs["txt_ids"] = torch.zeros(WORDS, 4)
+    inputs.pop("pooled_projections")
+    handler = RecordingHandler()
+    assert attention_shape(model) == (2, 32)
+    with torch.inference_mode():
+        expected = model(**inputs)[0]
+        with DiffusersHost(model, handler):
+            assert torch.equal(model(**inputs)[0], expected)
+    assert [str(call.layer) for call in handler.calls] == ["double:0", "single:0", "single:1"]
+    assert handler.calls[2].layout == TokenLayout(WORDS + 12, ((0, WORDS),), (TokenGrid(WORDS, 3, 4),))
+
+
+class NoAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([nn.Linear(2, 2)])
+
+
+@pytest.mark.parametrize(("model", "text"), [(nn.Linear(2, 2), "Linear has neither"), (NoAttention(), "NoAttention")])
+def test_another_model_is_refused_by_name(model: nn.Module, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        DiffusersHost(model, RecordingHandler())
+    with pytest.raises(ValueError, match=text):
+        layers(model)
