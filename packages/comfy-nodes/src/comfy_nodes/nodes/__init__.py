@@ -1,0 +1,1 @@
+"""Node classes by subject. Each module needs a running ComfyUI."""
