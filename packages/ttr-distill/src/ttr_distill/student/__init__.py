@@ -1,0 +1,26 @@
+"""Students of attention layers: what they compute, when they may serve, and how a router calls them."""
+
+from ttr_distill.student.attention import StudentAttention
+from ttr_distill.student.backend import StudentBackend
+from ttr_distill.student.bank import StudentBank
+from ttr_distill.student.hkr import HkrConfig, HkrStudent
+from ttr_distill.student.near_far import NearFarStudent
+from ttr_distill.student.presets import PRESETS, StudentConfig, build_student, preset
+from ttr_distill.student.readiness import LayerReadiness, ReadinessConfig, ReadinessTracker, ReadyGuard
+
+__all__ = [
+    "PRESETS",
+    "HkrConfig",
+    "HkrStudent",
+    "LayerReadiness",
+    "NearFarStudent",
+    "ReadinessConfig",
+    "ReadinessTracker",
+    "ReadyGuard",
+    "StudentAttention",
+    "StudentBackend",
+    "StudentBank",
+    "StudentConfig",
+    "build_student",
+    "preset",
+]

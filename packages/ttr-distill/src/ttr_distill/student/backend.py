@@ -1,0 +1,44 @@
+"""Students as something that a router may choose."""
+
+import torch
+from attn_dispatch import AttentionCall
+from torch import Tensor
+
+from ttr_distill.student.bank import StudentBank
+
+
+class StudentBackend:
+    """Answers calls with the student of their layer, without gradients.
+
+    Args:
+        bank: The students.
+    """
+
+    name = "student"
+
+    def __init__(self, bank: StudentBank) -> None:
+        self.bank = bank
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        """Say why no student can answer; ``None`` if one can."""
+        if call.layer is None:
+            return "the host does not name its layers"
+        if call.layer not in self.bank:
+            return "no student for this layer"
+        return self.bank[call.layer].refuses(call)
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Answer with ``[B, H, N, Dv]`` in the dtype of v.
+
+        Raises:
+            ValueError: ``refuses`` has a reason.
+        """
+        reason = self.refuses(call)
+        if reason is not None or call.layer is None:
+            raise ValueError(f"the student cannot answer this call: {reason}")
+        student = self.bank[call.layer]
+        if student.training:
+            student.eval()
+        with torch.no_grad():
+            output: Tensor = student(call)
+        return output

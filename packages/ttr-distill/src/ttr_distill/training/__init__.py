@@ -1,0 +1,19 @@
+"""Online distillation: capture while sampling, replay, update, judge."""
+
+from ttr_distill.training.capture import CaptureConfig
+from ttr_distill.training.distiller import DistillConfig, Distiller
+from ttr_distill.training.loss import DistillLoss
+from ttr_distill.training.replay import ReplayBuffer, ReplaySample
+from ttr_distill.training.state import SavedState
+from ttr_distill.training.update import UpdateConfig
+
+__all__ = [
+    "CaptureConfig",
+    "DistillConfig",
+    "DistillLoss",
+    "Distiller",
+    "ReplayBuffer",
+    "ReplaySample",
+    "SavedState",
+    "UpdateConfig",
+]

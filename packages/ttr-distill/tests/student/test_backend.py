@@ -1,0 +1,38 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from attn_dispatch import AttentionCall, LayerKey
+from ttr_distill.student.backend import StudentBackend
+from ttr_distill.student.bank import StudentBank
+from ttr_distill.student.presets import preset
+
+CallMaker = Callable[..., AttentionCall]
+LAYER = LayerKey("single", 0)
+
+
+def test_it_answers_with_the_student_of_the_layer_without_gradients(make_call: CallMaker) -> None:
+    layers = (LAYER, LayerKey("single", 1))
+    bank = StudentBank.for_layers(preset("hkr"), layers, 2, 16, seed=1)
+    backend = StudentBackend(bank)
+    assert backend.name == "student"
+    for layer in layers:
+        call = make_call(0, layer=layer)
+        bank[layer].train()
+        answer = backend(call)
+        assert torch.equal(answer, bank[layer](call))
+        assert not answer.requires_grad
+        assert not bank[layer].training
+    assert not torch.equal(backend(call), bank[LAYER](call))
+
+
+def test_reasons_are_sentences(make_call: CallMaker) -> None:
+    backend = StudentBackend(StudentBank.for_layers(preset("near_far"), (LAYER,), 2, 16))
+    call = make_call(0)
+    assert backend.refuses(call) is None
+    assert backend.refuses(replace(call, layer=None)) == "the host does not name its layers"
+    assert backend.refuses(replace(call, layer=LayerKey("single", 9))) == "no student for this layer"
+    assert backend.refuses(replace(call, layout=None)) == "the host does not say where text and image tokens lie"
+    with pytest.raises(ValueError, match="cannot answer this call: no student for this layer"):
+        backend(replace(call, layer=LayerKey("single", 9)))
