@@ -1,0 +1,210 @@
+"""Phase 2 of a run: probe where students hurt, learn where full attention is worth its cost; resumable."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from attn_dispatch import StepContext, TokenLayout
+from attn_kernels import TokenGrid
+from attn_kernels.cost import exact_flops
+from torch import Tensor
+from ttr_distill.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ttr_distill.metrics import JsonlSink
+from ttr_distill.student import StudentBackend
+
+from ttr_controller.guard import masks_from_policy
+from ttr_controller.pipeline.settings import Plan
+from ttr_controller.pipeline.workbench import Students, Tick, Workbench
+from ttr_controller.policy import PolicyConfig, RoutingPolicy
+from ttr_controller.probe import velocity_error_probe
+from ttr_controller.trainer import ControllerConfig, ControllerTrainer, MetricRow
+from ttr_controller.trainer_state import TrainerManifest, TrainerState, unpack_contexts, with_prefix
+
+KIND = "controller"
+CURVE_NAME = "controller.jsonl"
+TARGET_COST = 0.5
+COST_MARGIN = 0.05
+"""A student must be this much cheaper than the target for the target to leave it anything to do."""
+ROLLOUTS = ControllerConfig().rollouts
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What Phase 2 learned.
+
+    Attributes:
+        policy: Maps a diffusion step to one logit per layer, high = full attention.
+        contexts: The steps of the run's schedule.
+        scores: ``[steps, L]``, the probe's score of each slot.
+    """
+
+    policy: RoutingPolicy
+    contexts: tuple[StepContext, ...]
+    scores: Tensor
+
+    def mask(self, count: int) -> Tensor:
+        """Mask ``[steps, L]`` with full attention in the ``count`` slots that the policy wants most."""
+        return masks_from_policy(self.policy, self.contexts, count)
+
+    def full_probability(self) -> Tensor:
+        """Probability of full attention, ``[steps, L]``."""
+        with torch.no_grad():
+            return torch.sigmoid(self.policy.logits(self.contexts))
+
+
+def student_cost(bench: Workbench, students: Students) -> float:
+    """Operations of the students relative to exact attention at the run's size, mean over the layers."""
+    settings, sampler = bench.run.settings, bench.sampler
+    grid = TokenGrid(sampler.text_tokens, settings.rows, settings.columns)
+    layout = TokenLayout(grid.stop, ((0, sampler.text_tokens),), (grid,))
+    exact = exact_flops(1, sampler.heads, layout.length, layout.length, sampler.width, sampler.width)
+    costs = [students.bank[layer].flops(layout, 1, sampler.heads, sampler.width) / exact for layer in sampler.layers]
+    return sum(costs) / len(costs)
+
+
+def target_share(cost: float) -> float:
+    """Share of full attention that halves the attention cost; a half where the student is too dear for that."""
+    return (TARGET_COST - cost) / (1.0 - cost) if cost < TARGET_COST - COST_MARGIN else 0.5
+
+
+def work(plan: Plan) -> float:
+    """Units of progress: images sampled, about six slots of the probe each."""
+    return 8.0 * plan.probe_prompts + plan.rollouts + (plan.rollouts // ROLLOUTS + 1) * plan.probe_prompts
+
+
+def learn_routing(bench: Workbench, students: Students, tick: Tick) -> None:
+    """Start the policy from the probe, refine it by leave-one-out REINFORCE, record the section ``controller``.
+
+    The training is saved after every update, so that an interrupted run goes on there.
+    """
+    start = time.perf_counter()
+    plan = bench.plan()
+    trainer, scores = _start(bench, students, tick)
+    prompts, seeds = bench.train_set(8)
+    sink = JsonlSink(bench.run.path / CURVE_NAME)
+    try:
+        trainer.sinks = (sink,)
+        updates = plan.rollouts // trainer.config.rollouts
+        for _ in trainer.fit(prompts, seeds, updates, should_stop=_ticking(tick)):
+            _save(bench, trainer, scores)
+    finally:
+        sink.close()
+    trainer.validate()
+    _save(bench, trainer, scores)
+    _record(bench, trainer, time.perf_counter() - start)
+
+
+def load_routing(bench: Workbench) -> Routing:
+    """Load what Phase 2 left in the run.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, damaged or of another teacher.
+    """
+    loaded = _load_state(bench)
+    if loaded is None:
+        raise CheckpointError(f"no controller in {bench.run.controller}; run: ttr train-controller {bench.run.path}")
+    state, scores = loaded
+    policy = _new_policy(bench)
+    policy.load_state_dict(with_prefix(state["tensors"], "best."))
+    return Routing(policy, unpack_contexts(state["manifest"]["contexts"]), scores)
+
+
+def _start(bench: Workbench, students: Students, tick: Tick) -> tuple[ControllerTrainer, Tensor]:
+    """Go on with the run's training, or begin it with the probe."""
+    cost = student_cost(bench, students)
+    backend = StudentBackend(students.bank)
+    trainer = ControllerTrainer(
+        bench.sampler,
+        backend,
+        _new_policy(bench),
+        ControllerConfig(target_full=target_share(cost)),
+        seed=bench.run.settings.seed,
+        student_cost=torch.full((len(bench.sampler.layers),), cost),
+    )
+    loaded = _load_state(bench)
+    if loaded is not None:
+        trainer.load_state_dict(loaded[0])
+        return trainer, loaded[1]
+    prompts, seeds = bench.train_set(bench.plan().probe_prompts)
+    slots = bench.sampler.steps * len(bench.sampler.layers)
+    scores = velocity_error_probe(
+        bench.sampler, prompts, seeds, backend, on_evaluation=lambda: tick(8.0 * len(prompts) / slots)
+    )
+    trainer.prepare(prompts, seeds)
+    trainer.initialise_from_probe(scores)
+    _save(bench, trainer, scores)
+    return trainer, scores
+
+
+def _new_policy(bench: Workbench) -> RoutingPolicy:
+    """A fresh policy for the sampler's layers; one latent pixel of the tiny teacher is a token of 4 x 4 pixels."""
+    config = PolicyConfig(pixels_per_latent=4.0)
+    return RoutingPolicy(len(bench.sampler.layers), config, seed=bench.run.settings.seed)
+
+
+def _ticking(tick: Tick) -> Callable[[], bool]:
+    """Move the progress bar before each rollout; never ask to stop."""
+
+    def before_rollout() -> bool:
+        tick(1.0)
+        return False
+
+    return before_rollout
+
+
+def _save(bench: Workbench, trainer: ControllerTrainer, scores: Tensor) -> None:
+    state = trainer.state_dict()
+    tensors = {**state["tensors"], "probe.scores": scores}
+    save_checkpoint(
+        bench.run.controller, tensors, {"kind": KIND, **state["manifest"]}, fingerprint=bench.teacher.fingerprint
+    )
+
+
+def _load_state(bench: Workbench) -> tuple[TrainerState, Tensor] | None:
+    """Read the run's controller checkpoint; ``None`` if there is none yet."""
+    if not bench.run.controller.exists():
+        return None
+    saved = load_checkpoint(bench.run.controller, fingerprint=bench.teacher.fingerprint)
+    tensors = dict(saved.tensors)
+    if saved.manifest.get("kind") != KIND or "probe.scores" not in tensors:
+        raise CheckpointError(f"checkpoint {bench.run.controller} holds no controller")
+    scores = tensors.pop("probe.scores")
+    return {"tensors": tensors, "manifest": cast(TrainerManifest, saved.manifest)}, scores
+
+
+def _record(bench: Workbench, trainer: ControllerTrainer, seconds: float) -> None:
+    """Write the section ``controller``: the learning curve and the routing heat map."""
+    rows: dict[int, MetricRow] = {}
+    for line in (bench.run.path / CURVE_NAME).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows[int(row["step"])] = row  # an update that was done twice, around an interruption, counts once
+    curve = [
+        {
+            "rollouts": step * trainer.config.rollouts,
+            "reward": row["reward"],
+            "quality": -row["loss"],
+            "cost": row["actual_full_attn_ratio"],
+            "validation": row["best_error"],
+        }
+        for step, row in sorted(rows.items())
+        if step <= trainer.updates
+    ]
+    routing = Routing(trainer.best_policy(), trainer.contexts, torch.empty(0))
+    heatmap = {
+        "layers": [str(layer) for layer in bench.sampler.layers],
+        "sigmas": [context.sigma for context in routing.contexts],
+        "full_probability": routing.full_probability().tolist(),
+    }
+    section: dict[str, object] = {
+        "method": "one-step probe, then leave-one-out REINFORCE",
+        "rollouts": trainer.updates * trainer.config.rollouts,
+        "target_full": trainer.config.target_full,
+        "curve": curve,
+        "heatmap": heatmap,
+    }
+    bench.run.record("controller", section, seconds)

@@ -1,0 +1,1 @@
+"""How close a rollout's result is to the teacher's."""
