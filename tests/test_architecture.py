@@ -218,6 +218,34 @@ def test_tests_of_a_folder_count_for_its_files(tmp_path: Path) -> None:
     assert violations_of("mirror", tmp_path, files) == []
 
 
+def test_an_import_in_a_test_counts(tmp_path: Path) -> None:
+    files = {
+        f"{KERNELS}/__init__.py": "from attn_kernels.partial import Partial\n",
+        f"{KERNELS}/partial.py": "class Partial: ...\n",
+        f"{KERNELS}/lonely.py": "",
+        "packages/attn-kernels/tests/test_other.py": "from attn_kernels import Partial\n",
+        "packages/attn-dispatch/tests/test_more.py": "from attn_kernels import lonely\n",
+    }
+    found = violations_of("tested", tmp_path, files)
+    assert [one.path.stem for one in found] == ["lonely"]
+
+
+def test_parts_are_tested_through_a_neighbour(tmp_path: Path) -> None:
+    report = f"{CONTROLLER}/report"
+    files = {
+        f"{report}/__init__.py": "",
+        f"{report}/page.py": "from ttr_controller.report.tables import rows\nfrom ttr_controller import elsewhere\n",
+        f"{report}/tables.py": "from ttr_controller.report import units\n",
+        f"{report}/units.py": "",
+        f"{report}/orphan.py": "from ttr_controller.report import page\n",
+        f"{CONTROLLER}/__init__.py": "",
+        f"{CONTROLLER}/elsewhere.py": "",
+        "packages/ttr-controller/tests/report/test_page.py": "",
+    }
+    found = violations_of("tested", tmp_path, files)
+    assert {one.path.stem for one in found} == {"orphan", "elsewhere"}
+
+
 def test_hidden_and_generated_folders_are_not_read(tmp_path: Path) -> None:
     bad = f"# {OPEN_END}\n"
     files = {f"packages/a/{folder}/x.py": bad for folder in (".cache", "__pycache__", "dist", "node_modules")}

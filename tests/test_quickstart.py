@@ -1,7 +1,12 @@
 """The whole job, small: every phase on the real embedded teacher, interrupted and resumed, and the bad days."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,7 @@ from ttr_controller.pipeline.settings import QuickstartSettings
 from ttr_controller.report import write_report
 from ttr_distill.saved_students import load_students
 
-SMALL = QuickstartSettings(budget_minutes=0.1, rows=12, columns=12, steps=2)
+SMALL = QuickstartSettings(budget_minutes=0.1, rows=12, columns=12, steps=2, timing_sides=(8, 12))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,9 @@ def test_every_phase_is_recorded_and_judged(finished: Path) -> None:
     assert len(equal_cost) == 1
     checks = run.results["checks"]
     assert isinstance(checks, list)
-    assert all(check["passed"] == (check["value"] <= check["limit"]) for check in checks if "at least" not in check["name"])
+    assert all(
+        check["passed"] == (check["value"] <= check["limit"]) for check in checks if "at least" not in check["name"]
+    )
 
 
 def test_the_report_is_one_file_without_any_reference(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +75,9 @@ def test_the_report_is_one_file_without_any_reference(finished: Path, capsys: py
             assert piece[1:].startswith(("data:", "#")), piece[:60]
 
 
-def test_sampling_and_inspecting_a_finished_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_and_inspecting_a_finished_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "fox.png"
     assert ttr("sample", "fox on blue", "--run", finished, "--quality-speed", "0.5", "--out", out) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
@@ -115,9 +124,30 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_unbroken_one(finished: Path, 
     unbroken = RunDirectory.open(finished)
     assert again.section("fidelity") == unbroken.section("fidelity")
     assert again.section("controller")["heatmap"] == unbroken.section("controller")["heatmap"]
-    ours, theirs = (load_students(folder / "students", fingerprint=None).bank for folder in (tmp_path / "run", finished))
+    ours, theirs = (
+        load_students(folder / "students", fingerprint=None).bank for folder in (tmp_path / "run", finished)
+    )
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_is_one_clear_line_and_the_run_can_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code = "from ttr_controller.cli import main; main()"
+    command = [sys.executable, "-c", code, "quickstart", "--out", str(folder), "--budget", "0.1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (folder / "students" / "LATEST").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert "interrupted; nothing is lost" in error.splitlines()[-1]
+    assert not [path for path in folder.rglob("*") if ".tmp-" in path.name]
+    assert not RunDirectory.open(folder).complete
+    assert load_students(folder / "students", fingerprint=None).bank.config.preset == "near_far"
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])

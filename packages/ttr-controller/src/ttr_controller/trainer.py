@@ -179,7 +179,7 @@ class ControllerTrainer:
         self._contexts = self.judge.teacher.contexts
         self._errors = {}
         worst = self.validation_error(all_student(len(self.contexts), self.policy.layers, eligible=self.eligible))
-        self.unit = worst if worst > 0.0 else 1.0
+        self.unit = worst or 1.0
 
     def initialise_from_probe(self, scores: Tensor) -> float:
         """Give the policy the ranking of probe scores at the target share, and remember it as the first candidate.
@@ -270,7 +270,7 @@ class ControllerTrainer:
             yield row
 
     def validation_error(self, mask: Tensor) -> float:
-        """Mean error of a fixed mask on the validation images; each mask is sampled once."""
+        """Mean error of a mask ``[steps, L]`` on the validation images; each mask is sampled once."""
         key = bytes(mask.flatten().tolist())
         if key not in self._errors:
             self._errors[key] = float(self.judge.mask_errors(mask, *self._validation).mean())
@@ -377,8 +377,7 @@ class ControllerTrainer:
         expected = torch.sigmoid(torch.cat([x.detach() for x in logits])[:, self.eligible]).mean()
         self._calibrate()
         shares = [full_share(mask, eligible=self.eligible) for mask in masks]
-        means = {name: sum(error[name] for error in errors) / len(errors) for name in errors[0]}
-        return means | {
+        return {name: sum(error[name] for error in errors) / len(errors) for name in errors[0]} | {
             "reward": float(rewards.mean()),
             "reward_spread": float(rewards.std()),
             "policy_loss": float(loss.detach()),

@@ -3,10 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attn_dispatch import AttentionCall, LayerKey
+from attn_dispatch import AttentionCall, AttentionRouter, LayerKey, Route
 from ttr_distill.student.backend import StudentBackend
 from ttr_distill.student.bank import StudentBank
 from ttr_distill.student.presets import preset
+from ttr_distill.student.readiness import ReadinessConfig, ReadinessTracker, ReadyGuard
 
 CallMaker = Callable[..., AttentionCall]
 LAYER = LayerKey("single", 0)
@@ -36,3 +37,18 @@ def test_reasons_are_sentences(make_call: CallMaker) -> None:
     assert backend.refuses(replace(call, layout=None)) == "the host does not say where text and image tokens lie"
     with pytest.raises(ValueError, match="cannot answer this call: no student for this layer"):
         backend(replace(call, layer=LayerKey("single", 9)))
+
+
+def test_in_a_router_an_unready_student_never_serves_and_a_ready_one_does(make_call: CallMaker) -> None:
+    readiness = ReadinessTracker(ReadinessConfig(minimum_updates=1))
+    backend = StudentBackend(StudentBank.for_layers(preset("near_far", tile=2), (LAYER,), 2, 16))
+    router = AttentionRouter([Route(backend, (ReadyGuard(readiness),))])
+    call = make_call(0)
+    teacher = torch.randn_like(call.v)
+    for distance, serves in ((None, False), (0.02, False), (0.001, True), (0.5, False)):
+        if distance is not None:
+            readiness.replace(LAYER, distance, distance)
+            readiness.observe(LAYER, distance, distance)
+            readiness.flush()
+        answer = router(call, lambda _: teacher)
+        assert torch.equal(answer, backend(call) if serves else teacher)

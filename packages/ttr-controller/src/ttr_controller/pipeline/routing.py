@@ -21,12 +21,13 @@ from ttr_controller.guard import masks_from_policy
 from ttr_controller.pipeline.settings import Plan
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 from ttr_controller.policy import PolicyConfig, RoutingPolicy
-from ttr_controller.probe import velocity_error_probe
+from ttr_controller.probe import flip_scores, velocity_error_probe
 from ttr_controller.trainer import ControllerConfig, ControllerTrainer, MetricRow
 from ttr_controller.trainer_state import TrainerManifest, TrainerState, unpack_contexts, with_prefix
 
 KIND = "controller"
 CURVE_NAME = "controller.jsonl"
+SCORES = "probe.scores"
 TARGET_COST = 0.5
 COST_MARGIN = 0.05
 """A student must be this much cheaper than the target for the target to leave it anything to do."""
@@ -57,6 +58,21 @@ class Routing:
             return torch.sigmoid(self.policy.logits(self.contexts))
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where learning starts.
+
+    Attributes:
+        scores: ``[steps, L]``, the one-step probe's score of each slot.
+        chosen: Name of the ranking that the policy was given.
+        errors: Error of each ranking on the training prompts at the target cost.
+    """
+
+    scores: Tensor
+    chosen: str
+    errors: dict[str, float]
+
+
 def student_cost(bench: Workbench, students: Students) -> float:
     """Operations of the students relative to exact attention at the run's size, mean over the layers."""
     settings, sampler = bench.run.settings, bench.sampler
@@ -73,30 +89,35 @@ def target_share(cost: float) -> float:
 
 
 def work(plan: Plan) -> float:
-    """Units of progress: images sampled, about six slots of the probe each."""
-    return 8.0 * plan.probe_prompts + plan.rollouts + (plan.rollouts // ROLLOUTS + 1) * plan.probe_prompts
+    """Units of progress: images sampled."""
+    return work_of_probes(plan) + plan.rollouts + 3.0 * plan.probe_prompts
+
+
+def work_of_probes(plan: Plan) -> float:
+    """The share of the probes: about thirty images for each prompt."""
+    return 30.0 * plan.probe_prompts
 
 
 def learn_routing(bench: Workbench, students: Students, tick: Tick) -> None:
-    """Start the policy from the probe, refine it by leave-one-out REINFORCE, record the section ``controller``.
+    """Start the policy from the best ranking at hand, refine it by leave-one-out REINFORCE, record ``controller``.
 
     The training is saved after every update, so that an interrupted run goes on there.
     """
     start = time.perf_counter()
     plan = bench.plan()
-    trainer, scores = _start(bench, students, tick)
+    trainer, start_at = _start(bench, students, tick)
     prompts, seeds = bench.train_set(8)
     sink = JsonlSink(bench.run.path / CURVE_NAME)
     try:
         trainer.sinks = (sink,)
         updates = plan.rollouts // trainer.config.rollouts
         for _ in trainer.fit(prompts, seeds, updates, should_stop=_ticking(tick)):
-            _save(bench, trainer, scores)
+            _save(bench, trainer, start_at)
     finally:
         sink.close()
     trainer.validate()
-    _save(bench, trainer, scores)
-    _record(bench, trainer, time.perf_counter() - start)
+    _save(bench, trainer, start_at)
+    _record(bench, trainer, start_at, student_cost(bench, students), time.perf_counter() - start)
 
 
 def load_routing(bench: Workbench) -> Routing:
@@ -108,13 +129,13 @@ def load_routing(bench: Workbench) -> Routing:
     loaded = _load_state(bench)
     if loaded is None:
         raise CheckpointError(f"no controller in {bench.run.controller}; run: ttr train-controller {bench.run.path}")
-    state, scores = loaded
+    state, start_at = loaded
     policy = _new_policy(bench)
     policy.load_state_dict(with_prefix(state["tensors"], "best."))
-    return Routing(policy, unpack_contexts(state["manifest"]["contexts"]), scores)
+    return Routing(policy, unpack_contexts(state["manifest"]["contexts"]), start_at.scores)
 
 
-def _start(bench: Workbench, students: Students, tick: Tick) -> tuple[ControllerTrainer, Tensor]:
+def _start(bench: Workbench, students: Students, tick: Tick) -> tuple[ControllerTrainer, Start]:
     """Go on with the run's training, or begin it with the probe."""
     cost = student_cost(bench, students)
     backend = StudentBackend(students.bank)
@@ -130,15 +151,42 @@ def _start(bench: Workbench, students: Students, tick: Tick) -> tuple[Controller
     if loaded is not None:
         trainer.load_state_dict(loaded[0])
         return trainer, loaded[1]
+    start_at = _rank_and_initialise(bench, trainer, backend, tick)
+    _save(bench, trainer, start_at)
+    return trainer, start_at
+
+
+def _rank_and_initialise(bench: Workbench, trainer: ControllerTrainer, backend: StudentBackend, tick: Tick) -> Start:
+    """Rank the slots in three ways and give the policy the one that does best on training prompts at the target cost.
+
+    The one-step probe sees the error a student makes within its step, the flips also what the steps after it make of
+    that error, and "first steps" needs no measurement; starting from the best of the three, learning cannot end below
+    the simple rule on the images it is judged by.
+    """
     prompts, seeds = bench.train_set(bench.plan().probe_prompts)
-    slots = bench.sampler.steps * len(bench.sampler.layers)
-    scores = velocity_error_probe(
-        bench.sampler, prompts, seeds, backend, on_evaluation=lambda: tick(8.0 * len(prompts) / slots)
-    )
+    steps, layers = bench.sampler.steps, len(bench.sampler.layers)
+    evaluations = steps * layers + steps * (layers + 1)
+    share = work_of_probes(bench.plan()) / evaluations
+
+    def advance() -> None:
+        tick(share)
+
+    path = bench.sampler.trajectory(prompts, seeds)
+    one_step = velocity_error_probe(bench.sampler, prompts, seeds, backend, path=path, on_evaluation=advance)
+    rankings = {
+        "first steps": torch.linspace(1.0, 0.0, steps).unsqueeze(1).repeat(1, layers),
+        "one-step probe": one_step,
+        "flips": flip_scores(bench.sampler, prompts, seeds, backend, path=path, on_evaluation=advance),
+    }
     trainer.prepare(prompts, seeds)
-    trainer.initialise_from_probe(scores)
-    _save(bench, trainer, scores)
-    return trainer, scores
+    errors = {}
+    for name, scores in rankings.items():
+        trainer.initialise_from_probe(scores)
+        errors[name] = trainer.validate()
+        tick(float(len(prompts)))
+    chosen = min(errors, key=lambda name: errors[name])
+    trainer.initialise_from_probe(rankings[chosen])
+    return Start(one_step, chosen, errors)
 
 
 def _new_policy(bench: Workbench) -> RoutingPolicy:
@@ -157,27 +205,27 @@ def _ticking(tick: Tick) -> Callable[[], bool]:
     return before_rollout
 
 
-def _save(bench: Workbench, trainer: ControllerTrainer, scores: Tensor) -> None:
+def _save(bench: Workbench, trainer: ControllerTrainer, start_at: Start) -> None:
     state = trainer.state_dict()
-    tensors = {**state["tensors"], "probe.scores": scores}
-    save_checkpoint(
-        bench.run.controller, tensors, {"kind": KIND, **state["manifest"]}, fingerprint=bench.teacher.fingerprint
-    )
+    tensors = {**state["tensors"], SCORES: start_at.scores}
+    manifest = {"kind": KIND, "start": start_at.chosen, "start_errors": start_at.errors, **state["manifest"]}
+    save_checkpoint(bench.run.controller, tensors, manifest, fingerprint=bench.teacher.fingerprint)
 
 
-def _load_state(bench: Workbench) -> tuple[TrainerState, Tensor] | None:
+def _load_state(bench: Workbench) -> tuple[TrainerState, Start] | None:
     """Read the run's controller checkpoint; ``None`` if there is none yet."""
     if not bench.run.controller.exists():
         return None
     saved = load_checkpoint(bench.run.controller, fingerprint=bench.teacher.fingerprint)
-    tensors = dict(saved.tensors)
-    if saved.manifest.get("kind") != KIND or "probe.scores" not in tensors:
+    tensors, manifest = dict(saved.tensors), saved.manifest
+    errors = manifest.get("start_errors")
+    if manifest.get("kind") != KIND or SCORES not in tensors or not isinstance(errors, dict):
         raise CheckpointError(f"checkpoint {bench.run.controller} holds no controller")
-    scores = tensors.pop("probe.scores")
-    return {"tensors": tensors, "manifest": cast(TrainerManifest, saved.manifest)}, scores
+    start_at = Start(tensors.pop(SCORES), str(manifest["start"]), errors)
+    return {"tensors": tensors, "manifest": cast(TrainerManifest, manifest)}, start_at
 
 
-def _record(bench: Workbench, trainer: ControllerTrainer, seconds: float) -> None:
+def _record(bench: Workbench, trainer: ControllerTrainer, start_at: Start, cost: float, seconds: float) -> None:
     """Write the section ``controller``: the learning curve and the routing heat map."""
     rows: dict[int, MetricRow] = {}
     for line in (bench.run.path / CURVE_NAME).read_text(encoding="utf-8").splitlines():
@@ -187,8 +235,8 @@ def _record(bench: Workbench, trainer: ControllerTrainer, seconds: float) -> Non
         {
             "rollouts": step * trainer.config.rollouts,
             "reward": row["reward"],
-            "quality": -row["loss"],
-            "cost": row["actual_full_attn_ratio"],
+            "quality": row["loss"],
+            "cost": cost + (1.0 - cost) * row["actual_full_attn_ratio"],
             "validation": row["best_error"],
         }
         for step, row in sorted(rows.items())
@@ -200,8 +248,10 @@ def _record(bench: Workbench, trainer: ControllerTrainer, seconds: float) -> Non
         "sigmas": [context.sigma for context in routing.contexts],
         "full_probability": routing.full_probability().tolist(),
     }
+    start = start_at.chosen
     section: dict[str, object] = {
-        "method": "one-step probe, then leave-one-out REINFORCE",
+        "method": f"{start}, then leave-one-out REINFORCE" if trainer.updates else start,
+        "start": {"chosen": start, "validation_errors": start_at.errors},
         "rollouts": trainer.updates * trainer.config.rollouts,
         "target_full": trainer.config.target_full,
         "curve": curve,

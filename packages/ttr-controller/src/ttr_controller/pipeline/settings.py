@@ -34,6 +34,7 @@ class QuickstartSettings:
         columns: Image tokens per row.
         steps: Euler steps of a sample.
         guidance: Classifier-free guidance scale.
+        timing_sides: Image tokens per row and column at which times are measured, ascending.
     """
 
     preset: str = "near_far"
@@ -44,8 +45,10 @@ class QuickstartSettings:
     columns: int = 32
     steps: int = 8
     guidance: float = 3.0
+    timing_sides: tuple[int, ...] = (16, 32, 64)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "timing_sides", tuple(self.timing_sides))  # JSON gives a list
         if self.preset not in PRESETS:
             raise RunError(f"unknown preset {self.preset!r}; choose one of {', '.join(PRESETS)}")
         if not 0.1 <= self.budget_minutes <= 600:

@@ -16,9 +16,6 @@ from ttr_distill.tiny import TinySampler, heldout_prompts
 from ttr_controller.pipeline.settings import Plan
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 
-SIDES = (16, 32, 64)
-"""Image tokens per row and column: 256, 1,024 and 4,096 tokens."""
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -48,8 +45,8 @@ class Timing:
 
 
 def work(plan: Plan) -> float:
-    """Units of progress: one for each variant, size and repeat."""
-    return float(len(SIDES) * 2 * (plan.timing_repeats + 1))
+    """Units of progress: one for each of two variants, three sizes and every repeat."""
+    return 6.0 * (plan.timing_repeats + 1)
 
 
 def break_even(tokens: Sequence[int], exact: Sequence[float], student: Sequence[float]) -> float | None:
@@ -85,7 +82,7 @@ def measure_times(bench: Workbench, students: Students, tick: Tick) -> None:
     if "near_far" not in variants:
         variants["near_far"] = bench.new_bank(preset("near_far"))
     timings = []
-    for side in SIDES:
+    for side in bench.run.settings.timing_sides:
         sampler = TinySampler(bench.teacher, rows=side, columns=side, steps=2, guidance=1.0)
         timings += _time_size(bench, sampler, variants, repeats, tick)
     by_variant = {name: [t for t in timings if t.variant == name] for name in variants}

@@ -25,6 +25,7 @@ from ttr_distill.training.update import UpdateConfig, measure_heldout, update_st
 logger = logging.getLogger(__name__)
 
 _STREAMS = ("layers", "queries", "replay")
+_WORTH_KEEPING = 0.99
 _TRAINING_ERRORS = (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError)
 
 
@@ -172,7 +173,7 @@ class Distiller:
         """End training: for each student with a training-free form keep the better of the two.
 
         Both are measured on the held-out queries of the layer's replay samples; the trained one stays only if its mean
-        cosine distance is smaller. The readiness of a layer whose student is reset starts anew from what was measured.
+        cosine distance is at least one percent smaller, since less than that may turn around on other prompts. The readiness of a layer whose student is reset starts anew from what was measured.
 
         Returns:
             For each such layer whether the trained form was kept.
@@ -187,7 +188,7 @@ class Distiller:
                 trained_distance, _ = self._distance(layer)
                 self.bank[layer].load_state_dict(initial)
                 initial_distance = self._distance(layer)
-                kept[layer] = trained_distance < initial_distance[0]
+                kept[layer] = trained_distance < _WORTH_KEEPING * initial_distance[0]
                 if kept[layer]:
                     self.bank[layer].load_state_dict(trained)
                 else:
