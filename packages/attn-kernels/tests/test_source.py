@@ -99,3 +99,9 @@ def test_every_public_name_exists_and_is_documented():
     for name in attn_kernels.__all__:
         assert getattr(attn_kernels, name).__doc__
     assert attn_kernels.__all__ == sorted(attn_kernels.__all__)
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    exec(readme.split("```python\n")[1].split("```")[0], {})
+    assert "keys per query instead of 1036" in capsys.readouterr().out

@@ -24,15 +24,11 @@ def test_one_step_score_is_step_size_times_velocity_error():
     torch.testing.assert_close(scores, 0.25 * DAMAGE * scale, rtol=1e-4, atol=1e-7)
 
 
-def test_gains_are_the_growth_of_an_error_to_the_end():
+@pytest.mark.parametrize("every", [1, 2, 3, 9])
+def test_flip_score_is_the_final_error_of_one_student_slot(every):
+    """The toy's errors grow by a constant factor per step, so growth between followed steps is exact too."""
     sampler, backend = toy(growth=2.0)
-    gains = probe.step_gains(sampler, PROMPTS, SEEDS, backend)
-    torch.testing.assert_close(gains, 1.5 ** torch.tensor([3.0, 2.0, 1.0, 0.0]), rtol=1e-4, atol=1e-5)
-
-
-def test_flip_score_is_the_error_of_one_student_slot():
-    sampler, backend = toy(growth=2.0)
-    scores = probe.flip_scores(sampler, PROMPTS[:1], SEEDS[:1], backend)
+    scores = probe.flip_scores(sampler, PROMPTS[:1], SEEDS[:1], backend, every=every)
     for step in range(4):
         for layer in range(3):
             mask = budget.all_full(4, 3)
@@ -40,21 +36,48 @@ def test_flip_score_is_the_error_of_one_student_slot():
             assert scores[step, layer].item() == pytest.approx(sampler.expected_error(mask, "a", 0), rel=1e-3)
 
 
-def test_probe_times_gain_ranks_as_flips_do_where_errors_grow():
+def test_flip_scores_of_several_prompts_are_joined_by_their_root_mean_square():
+    sampler, backend = toy(growth=2.0)
+    both = probe.flip_scores(sampler, PROMPTS, SEEDS, backend)
+    each = [probe.flip_scores(sampler, [prompt], [seed], backend) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
+    torch.testing.assert_close(both, torch.stack(each).square().mean(dim=0).sqrt(), rtol=1e-4, atol=1e-7)
+
+
+def test_where_errors_grow_flips_find_the_best_mask_and_the_one_step_probe_does_not():
     sampler, backend = toy(growth=6.0)
-    one_step = probe.velocity_error_probe(sampler, PROMPTS, SEEDS, backend)
-    gains = probe.step_gains(sampler, PROMPTS, SEEDS, backend)
-    flips = probe.flip_scores(sampler, PROMPTS, SEEDS, backend)
-    best = budget.top_k_mask(flips, 6)
-    assert torch.equal(budget.top_k_mask(one_step * gains[:, None], 6), best)
-    assert not torch.equal(budget.top_k_mask(one_step, 6), best)
+    flips = budget.top_k_mask(probe.flip_scores(sampler, PROMPTS, SEEDS, backend), 6)
+    one_step = budget.top_k_mask(probe.velocity_error_probe(sampler, PROMPTS, SEEDS, backend), 6)
+    grown = DAMAGE * 2.5 ** torch.tensor([[3.0], [2.0], [1.0], [0.0]])
+    assert torch.equal(flips, budget.top_k_mask(grown, 6))
+    assert sampler.expected_error(one_step, "a", 0) > 1.2 * sampler.expected_error(flips, "a", 0)
 
 
 def test_an_exact_student_scores_zero():
     sampler = ToySampler(torch.zeros(4, 3))
-    scores = probe.velocity_error_probe(sampler, PROMPTS, SEEDS, ToyBackend(sampler))
-    assert scores.max() < 1e-6
-    assert torch.equal(probe.step_gains(sampler, PROMPTS, SEEDS, ToyBackend(sampler)), torch.ones(4))
+    for scores in (probe.velocity_error_probe, probe.flip_scores):
+        assert scores(sampler, PROMPTS, SEEDS, ToyBackend(sampler)).max() < 1e-6
+
+
+@pytest.mark.parametrize(("layers", "every"), [([True, True, True], 1), ([True, False, True], 2)])
+def test_evaluations_of_the_flips_are_counted(layers, every):
+    sampler, backend = toy(growth=1.0)
+    path = sampler.trajectory(PROMPTS, SEEDS)
+    ticks = []
+    eligible = torch.tensor(layers)
+    scores = probe.flip_scores(
+        sampler,
+        PROMPTS,
+        SEEDS,
+        backend,
+        every=every,
+        eligible=eligible,
+        path=path,
+        on_evaluation=lambda: ticks.append(1),
+    )
+    assert len(ticks) == probe.flip_evaluations(4, sum(layers), every)
+    assert ((scores > 0) == eligible).all()
+    with pytest.raises(ValueError, match="every must be"):
+        probe.flip_evaluations(4, 3, every=0)
 
 
 def test_ineligible_layers_are_not_measured_and_a_path_is_not_sampled_twice():

@@ -70,7 +70,12 @@ def _smooth_field(count: int, columns: int, grid: TokenGrid, generator: torch.Ge
 
 
 def error_ratio(actual: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference over the norm of ``expected``, in float64; NaN if either is not finite."""
+    """Return the norm of the difference over the norm of ``expected``, in float64; NaN if a value is not finite.
+
+    Args:
+        actual: Any shape, ``[...]``.
+        expected: The same shape, ``[...]``.
+    """
     difference = (actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300)
     return float(difference)
 

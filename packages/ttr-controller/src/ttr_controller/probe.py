@@ -1,14 +1,18 @@
 """How much each layer's student disturbs the teacher's own trajectory, before anything is learnt.
 
 Both probes walk along the states of exact sampling and let the student answer in one (step, layer) slot alone. They
-cost no rollout of their own: one model evaluation per slot, shared by all prompts of the batch. Scores rank slots for
-``top_k_mask``; errors of several slots add up nearly as squares, so scores of several prompts are joined by their root
-mean square and the ranking by score is the ranking by squared error.
+share the evaluations among all prompts of the batch. ``velocity_error_probe`` looks at the step itself. ``flip_scores``
+looks at the end of sampling, and is the one to route by: an error made early is sampled with for many steps, and with
+classifier-free guidance it grows several times over, by an amount that depends on the layer.
+
+Scores rank slots for ``top_k_mask``. Errors of several slots add up nearly as squares, so scores of several prompts are
+joined by their root mean square.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from attn_dispatch.call import AttentionCall, LayerKey
@@ -50,7 +54,7 @@ def velocity_error_probe(
     """Measure the error that one student slot makes within its own step.
 
     The score of (step, layer) is ``|sigma step| * ||velocity with the student - exact velocity||`` relative to the norm
-    of the final latent, as a root mean square over prompts.
+    of the final latent, as a root mean square over prompts. It says nothing about what becomes of the error later.
 
     Args:
         model: Sampler whose single steps can be asked for.
@@ -70,53 +74,10 @@ def velocity_error_probe(
     for step in range(steps):
         for position in _positions(model, eligible):
             moved = _one_slot_step(model, path, step, position, prompts, backend)
-            scores[step, position] = _relative_error(moved, path.latents[step + 1], path.latents[-1])
-            if on_evaluation is not None:
-                on_evaluation()
+            errors = _relative_errors(moved, path.latents[step + 1], path.latents[-1])
+            scores[step, position] = errors.square().mean().sqrt()
+            _tick(on_evaluation, 1)
     return scores
-
-
-@torch.no_grad()
-def step_gains(
-    model: VelocityModel,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    backend: Backend,
-    *,
-    path: SamplerPath | None = None,
-    on_evaluation: OnEvaluation | None = None,
-) -> Tensor:
-    """Measure how much an error made in a step has grown by the end of sampling.
-
-    In each step all students answer once, then exact attention samples to the end; the gain is the final distance from
-    the teacher's latent over the distance right after the step. Multiplied onto the one-step scores it puts errors of
-    early and late steps on one scale, at a cost of ``steps * (steps + 1) / 2`` evaluations.
-
-    Args:
-        model: Sampler whose single steps can be asked for.
-        prompts: One per image.
-        seeds: One per image.
-        backend: The students.
-        path: The exact trajectory of these prompts and seeds where the caller has it; else it is sampled here.
-        on_evaluation: Called after each evaluation.
-
-    Returns:
-        ``[steps]`` float32; 1 for the last step.
-    """
-    path = path or model.trajectory(prompts, seeds)
-    steps = path.sigmas.shape[0] - 1
-    students = AttentionRouter((Route(backend),))
-    gains = torch.ones(steps)
-    for step in range(steps):
-        velocity = model.velocity(path.latents[step], step, prompts, students)
-        latent = _euler(path, step, path.latents[step], velocity)
-        before = (latent - path.latents[step + 1]).float().norm()
-        if on_evaluation is not None:
-            on_evaluation()
-        latent = _finish(model, path, step + 1, latent, prompts, on_evaluation)
-        after = (latent - path.latents[-1]).float().norm()
-        gains[step] = (after / before).item() if before > 0 else 1.0
-    return gains
 
 
 @torch.no_grad()
@@ -126,41 +87,80 @@ def flip_scores(
     seeds: Sequence[int],
     backend: Backend,
     *,
+    every: int = 2,
     eligible: Tensor | None = None,
     path: SamplerPath | None = None,
     on_evaluation: OnEvaluation | None = None,
 ) -> Tensor:
     """Measure the error that one student slot leaves in the final latent.
 
-    As ``velocity_error_probe``, but each disturbed state is sampled to the end with exact attention (all layers of a
-    step as one batch). Costs about ``steps / 2`` times as much.
+    Every slot's one-step error is measured. In every ``every``-th step the disturbed states are also sampled to the end
+    with exact attention, which gives the growth of each layer's error from there; growth in the steps between is
+    interpolated in its logarithm, and is 1 in the last step. ``every=1`` measures all slots to the end.
 
     Args:
         model: Sampler whose single steps can be asked for.
         prompts: One per image.
         seeds: One per image.
         backend: The students.
+        every: Distance between steps whose errors are followed to the end.
         eligible: ``[L]`` bool; other layers score 0. ``None``: all layers.
         path: The exact trajectory of these prompts and seeds where the caller has it; else it is sampled here.
-        on_evaluation: Called after each evaluation.
+        on_evaluation: Called once per model evaluation of the batch of prompts, ``flip_evaluations`` times in all.
 
     Returns:
-        ``[steps, L]`` float32, high = needs full attention.
+        ``[steps, L]`` float32, final error relative to the norm of the latent; high = needs full attention.
+
+    Raises:
+        ValueError: ``every`` is not positive, or no layer is eligible.
     """
     path = path or model.trajectory(prompts, seeds)
     steps = path.sigmas.shape[0] - 1
+    followed = _followed_steps(steps, every)
     positions = _positions(model, eligible)
-    scores = torch.zeros(steps, len(model.layers))
+    count, images = len(positions), len(prompts)
+    one_step = torch.zeros(steps, count, images)
+    growth = torch.ones(len(followed) + 1, count, images)
     for step in range(steps):
         moved = []
         for position in positions:
             moved.append(_one_slot_step(model, path, step, position, prompts, backend))
-            if on_evaluation is not None:
-                on_evaluation()
-        finals = _finish(model, path, step + 1, torch.cat(moved), list(prompts) * len(positions), on_evaluation)
-        for position, final in zip(positions, finals.chunk(len(positions)), strict=True):
-            scores[step, position] = _relative_error(final, path.latents[-1], path.latents[-1])
+            _tick(on_evaluation, 1)
+        one_step[step] = torch.stack([_relative_errors(m, path.latents[step + 1], path.latents[-1]) for m in moved])
+        if step in followed:
+            latent = torch.cat(moved)
+            for later in range(step + 1, steps):
+                latent = _euler(path, later, latent, model.velocity(latent, later, list(prompts) * count))
+                _tick(on_evaluation, count)
+            final = torch.stack([_relative_errors(m, path.latents[-1], path.latents[-1]) for m in latent.chunk(count)])
+            growth[followed.index(step)] = torch.where(one_step[step] > 0, final / one_step[step], 1.0)
+    errors = one_step * _interpolate_growth(growth, (*followed, steps - 1), steps)
+    scores = torch.zeros(steps, len(model.layers))
+    scores[:, positions] = errors.square().mean(dim=2).sqrt()
     return scores
+
+
+def flip_evaluations(steps: int, layers: int, every: int = 2) -> int:
+    """Model evaluations of ``flip_scores`` with ``layers`` eligible layers; a rollout takes ``steps`` of them."""
+    return layers * (steps + sum(steps - 1 - step for step in _followed_steps(steps, every)))
+
+
+def _followed_steps(steps: int, every: int) -> tuple[int, ...]:
+    """Steps before the last whose errors are followed to the end."""
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got {every}")
+    return tuple(range(0, steps - 1, every))
+
+
+def _interpolate_growth(growth: Tensor, at: Sequence[int], steps: int) -> Tensor:
+    """Growth ``[steps, L, B]`` from growth ``[len(at), L, B]`` at some steps, linear in its logarithm."""
+    logs = growth.clamp_min(1e-6).log()
+    filled = torch.empty(steps, *growth.shape[1:])
+    filled[at[-1]] = logs[-1]
+    for number, (left, right) in enumerate(pairwise(at)):
+        for step in range(left, right):
+            filled[step] = torch.lerp(logs[number], logs[number + 1], (step - left) / (right - left))
+    return filled.exp()
 
 
 def _one_slot_step(
@@ -171,30 +171,20 @@ def _one_slot_step(
     return _euler(path, step, path.latents[step], model.velocity(path.latents[step], step, prompts, handler))
 
 
-def _finish(
-    model: VelocityModel,
-    path: SamplerPath,
-    start: int,
-    latent: Tensor,
-    prompts: Sequence[str],
-    on_evaluation: OnEvaluation | None,
-) -> Tensor:
-    """Sample a latent from step ``start`` to the end with exact attention."""
-    for step in range(start, path.sigmas.shape[0] - 1):
-        latent = _euler(path, step, latent, model.velocity(latent, step, prompts))
-        if on_evaluation is not None:
-            on_evaluation()
-    return latent
-
-
 def _euler(path: SamplerPath, step: int, latent: Tensor, velocity: Tensor) -> Tensor:
     return latent + (path.sigmas[step + 1] - path.sigmas[step]).to(latent) * velocity
 
 
-def _relative_error(latent: Tensor, exact: Tensor, scale: Tensor) -> float:
-    """Root mean square over the batch of ``||latent - exact|| / ||scale||``."""
-    distance = (latent - exact).float().flatten(1).norm(dim=1)
-    return float((distance / scale.float().flatten(1).norm(dim=1)).square().mean().sqrt())
+def _relative_errors(latent: Tensor, exact: Tensor, scale: Tensor) -> Tensor:
+    """``||latent - exact|| / ||scale||`` per batch item, ``[B]`` on the CPU."""
+    distance = torch.linalg.vector_norm((latent - exact).float().flatten(1), dim=1)
+    return torch.div(distance, torch.linalg.vector_norm(scale.float().flatten(1), dim=1)).cpu()
+
+
+def _tick(on_evaluation: OnEvaluation | None, times: int) -> None:
+    if on_evaluation is not None:
+        for _ in range(times):
+            on_evaluation()
 
 
 def _positions(model: VelocityModel, eligible: Tensor | None) -> list[int]:

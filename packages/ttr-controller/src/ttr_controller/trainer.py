@@ -166,9 +166,7 @@ class ControllerTrainer:
         return slot_count(len(self.contexts), self.eligible, self.config.target_full)
 
     def prepare(self, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-        """Take the images on which candidates are compared; learn the schedule's steps and the unit of error.
-
-        The unit is the error of students everywhere.
+        """Take the images on which candidates are compared; learn the schedule's steps and the error unit.
 
         Args:
             prompts: A few training prompts.

@@ -12,7 +12,19 @@ CHUNK = 1024
 def kernel_regression_reference(
     phi_q: Tensor, phi_k: Tensor, v: Tensor, *, key_mask: Tensor | None, eps: float, chunk: int = CHUNK
 ) -> Partial:
-    """Compute ``kernel_regression`` in two passes; arguments as there, already checked."""
+    """Compute ``kernel_regression`` in two passes, first over the keys, then over the queries.
+
+    Args:
+        phi_q: ``[B, H, Nq, F]``.
+        phi_k: ``[B, H, Nk, F]``.
+        v: ``[B, H, Nk, Dv]``.
+        key_mask: ``[B, Nk]`` bool, True = keep.
+        eps: Smallest denominator.
+        chunk: Tokens handled at a time.
+
+    Returns:
+        ``Partial`` with ``out`` ``[B, H, Nq, Dv]`` in the dtype of ``v``.
+    """
     wide = torch.promote_types(torch.promote_types(phi_q.dtype, v.dtype), torch.float32)
     state, normaliser = _accumulate(phi_k, v, key_mask, wide, chunk)
     outs, lses = [], []

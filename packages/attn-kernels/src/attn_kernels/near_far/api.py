@@ -39,8 +39,8 @@ def near_far_attention(
     and the mean of their values. A tile of equal keys and values is thus represented exactly. Exact attention where
     the radius covers the grid, the tile is one token, or every tile is chosen.
 
-    Kin of the fast multipole method applied to attention (Nguyen et al. 2021, "FMMformer", eq. 5: near field plus far
-    field), here with one normaliser and pooled keys for the far field.
+    Kin of the fast multipole method applied to attention (Nguyen et al. 2021, "FMMformer": a near field and a
+    far field), here with one normaliser and pooled keys for the far field.
 
     Args:
         q: ``[B, H, Nq, D]``, after RoPE.

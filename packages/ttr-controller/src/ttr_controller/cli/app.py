@@ -10,6 +10,7 @@ import typer
 from ttr_controller.cli import inspecting, running, sampling
 
 INTERRUPTED = 130
+INTERRUPTED_TEXT = "interrupted; nothing is lost, run the same command again to go on"
 FAILED = 1
 USAGE = 2
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         status = command.main(args=None if arguments is None else list(arguments), standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted; nothing is lost, run the same command again to go on")
+        _complain(INTERRUPTED_TEXT)
         sys.exit(INTERRUPTED)
     except _USAGE_ERROR as error:
         text = _usage_text(error)
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _complain(_one_line(error))
         sys.exit(FAILED)
+    if status == INTERRUPTED:  # some versions of typer answer Ctrl-C themselves, silently
+        _complain(INTERRUPTED_TEXT)
     sys.exit(status if isinstance(status, int) else 0)
 
 

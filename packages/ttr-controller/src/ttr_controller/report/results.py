@@ -256,7 +256,7 @@ class Results:
     created: str | None = None
     complete: bool = False
     budget_minutes: float | None = None
-    settings: dict[str, bool | float | str | None] = dataclasses.field(default_factory=dict)
+    settings: dict[str, bool | float | tuple[float, ...] | str | None] = dataclasses.field(default_factory=dict)
     plan: dict[str, float | None] = dataclasses.field(default_factory=dict)
     machine: Machine = Machine()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -236,7 +236,9 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _plain(value: bool | float | str | None) -> str:
+def _plain(value: bool | float | tuple[float, ...] | str | None) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(_plain(item) for item in value)
     if isinstance(value, float) and value == int(value):
         return whole(value)
     return anything(value)

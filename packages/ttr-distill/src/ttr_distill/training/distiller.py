@@ -173,7 +173,8 @@ class Distiller:
         """End training: for each student with a training-free form keep the better of the two.
 
         Both are measured on the held-out queries of the layer's replay samples; the trained one stays only if its mean
-        cosine distance is at least one percent smaller, since less than that may turn around on other prompts. The readiness of a layer whose student is reset starts anew from what was measured.
+        cosine distance is at least one percent smaller, since less than that may turn around on other prompts. The
+        readiness of a layer whose student is reset starts anew from what was measured.
 
         Returns:
             For each such layer whether the trained form was kept.
