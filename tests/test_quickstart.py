@@ -14,9 +14,11 @@ import torch
 from ttr_controller.cli import main
 from ttr_controller.pipeline.quickstart import PHASES, run_phases
 from ttr_controller.pipeline.run_directory import RunDirectory
+from ttr_controller.pipeline.serving import draw
 from ttr_controller.pipeline.settings import QuickstartSettings
+from ttr_controller.pipeline.showing import describe_checkpoint, describe_run
 from ttr_controller.report import write_report
-from ttr_distill.saved_students import load_students
+from ttr_distill.saved_students import load_students, save_students
 
 SMALL = QuickstartSettings(budget_minutes=0.1, rows=12, columns=12, steps=2, timing_sides=(8, 12))
 
@@ -86,6 +88,40 @@ def test_sampling_and_inspecting_a_finished_run(
     assert "single:3" in capsys.readouterr().out
     assert ttr("inspect", finished / "students") == 0
     assert "near_far" in capsys.readouterr().out
+
+
+def test_an_unready_student_never_serves(finished: Path, tmp_path: Path) -> None:
+    # Two images are too few measurements for a layer to become ready, whatever the slider says.
+    drawn = draw(finished, "fox on blue", 1.0, 3, tmp_path / "fox.png")
+    assert drawn.by_student == 0
+    assert drawn.calls == 6 * SMALL.steps
+    assert drawn.latent_rmse == 0.0
+    assert drawn.psnr_db is None
+    assert sum(drawn.declined.values()) == drawn.calls
+
+
+def test_the_slider_decides_how_much_a_ready_student_serves(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    loaded = load_students(folder / "students", fingerprint=None)
+    for layer in loaded.bank.layers:
+        for _ in range(loaded.readiness.config.minimum_updates):
+            loaded.readiness.observe(layer, 0.001, 0.03)
+    loaded.readiness.flush()
+    fingerprint = str(RunDirectory.open(folder).section("teacher")["fingerprint"])
+    save_students(folder / "students", loaded.bank, loaded.readiness, fingerprint=fingerprint)
+    served = [draw(folder, "fox", speed, 3, tmp_path / "fox.png").by_student for speed in (0.0, 0.5, 1.0)]
+    assert served == sorted(served)
+    assert served[0] < served[-1]
+    assert served[-1] > 0
+
+
+def test_what_a_run_holds_is_described(finished: Path) -> None:
+    facts, layers = describe_run(finished)
+    assert facts["state"] == "complete"
+    assert [row[0] for row in layers] == ["double:0", "double:1", *(f"single:{index}" for index in range(4))]
+    assert all(row[4] == "unready" for row in layers)
+    assert describe_checkpoint(finished / "students")[1] == layers
 
 
 class Stop(Exception):
