@@ -44,7 +44,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("below", ["", "deeper"])
 def test_a_path_through_a_file_cannot_be_written(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RunError, match="cannot write to .*choose another --out"):
+    with pytest.raises(RunError, match=r"cannot write to .*choose another --out"):
         RunDirectory.open_or_create(tmp_path / "file" / below / "run", SETTINGS)
 
 

@@ -39,7 +39,7 @@ def _predicted_minutes(settings: QuickstartSettings, plan: Plan, forward: float,
     images = plan.distill_images + plan.fidelity_prompts + plan.compare_prompts * (1 + 2 * plan.levels)
     student_images = plan.rollouts + plan.compare_prompts * (1 + 3 * plan.levels)
     slots = settings.steps * 6
-    flips = plan.probe_prompts * slots * (student + settings.steps / 2 * forward)
+    flips = plan.probe_prompts * slots * (2 * student + settings.steps / 4 * forward)
     return (settings.steps * (images * forward + student_images * student) + flips) / 60
 
 

@@ -57,9 +57,11 @@ def load_trained(bench: Workbench) -> Students:
 def _start(bench: Workbench, sink: JsonlSink) -> tuple[Students, Distiller]:
     """Go on with the run's training, or begin it."""
     seed = bench.run.settings.seed
+    # Every layer learns in every step: a run has few images, and readiness asks for enough measurements of each layer.
+    config = DistillConfig(min_swap_layers=len(bench.sampler.layers))
     if not bench.run.students.exists():
         students = Students(bench.new_bank(), ReadinessTracker())
-        return students, Distiller(students.bank, students.readiness, DistillConfig(), seed=seed, sinks=(sink,))
+        return students, Distiller(students.bank, students.readiness, config, seed=seed, sinks=(sink,))
     loaded = load_students(
         bench.run.students,
         fingerprint=bench.teacher.fingerprint,
@@ -67,7 +69,7 @@ def _start(bench: Workbench, sink: JsonlSink) -> tuple[Students, Distiller]:
         training=True,
     )
     students = Students(loaded.bank, loaded.readiness)
-    distiller = Distiller(students.bank, students.readiness, DistillConfig(), seed=seed, sinks=(sink,))
+    distiller = Distiller(students.bank, students.readiness, config, seed=seed, sinks=(sink,))
     if loaded.training is not None:
         distiller.load_state_dict(loaded.training)
     return students, distiller

@@ -21,7 +21,7 @@ from ttr_controller.guard import masks_from_policy
 from ttr_controller.pipeline.settings import Plan
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 from ttr_controller.policy import PolicyConfig, RoutingPolicy
-from ttr_controller.probe import flip_scores, velocity_error_probe
+from ttr_controller.probe import flip_evaluations, flip_scores, velocity_error_probe
 from ttr_controller.trainer import ControllerConfig, ControllerTrainer, MetricRow
 from ttr_controller.trainer_state import TrainerManifest, TrainerState, unpack_contexts, with_prefix
 
@@ -90,12 +90,12 @@ def target_share(cost: float) -> float:
 
 def work(plan: Plan) -> float:
     """Units of progress: images sampled."""
-    return work_of_probes(plan) + plan.rollouts + 3.0 * plan.probe_prompts
+    return work_of_probes(plan) + plan.rollouts + 3.0 * plan.validation_prompts
 
 
 def work_of_probes(plan: Plan) -> float:
-    """The share of the probes: about thirty images for each prompt."""
-    return 30.0 * plan.probe_prompts
+    """The share of the probes: about twenty-five images for each prompt."""
+    return 25.0 * plan.probe_prompts
 
 
 def learn_routing(bench: Workbench, students: Students, tick: Tick) -> None:
@@ -165,8 +165,7 @@ def _rank_and_initialise(bench: Workbench, trainer: ControllerTrainer, backend: 
     """
     prompts, seeds = bench.train_set(bench.plan().probe_prompts)
     steps, layers = bench.sampler.steps, len(bench.sampler.layers)
-    evaluations = steps * layers + steps * (layers + 1)
-    share = work_of_probes(bench.plan()) / evaluations
+    share = work_of_probes(bench.plan()) / (steps * layers + flip_evaluations(steps, layers))
 
     def advance() -> None:
         tick(share)
@@ -178,12 +177,15 @@ def _rank_and_initialise(bench: Workbench, trainer: ControllerTrainer, backend: 
         "one-step probe": one_step,
         "flips": flip_scores(bench.sampler, prompts, seeds, backend, path=path, on_evaluation=advance),
     }
-    trainer.prepare(prompts, seeds)
+    # Judged on other images than those that were probed.
+    judged = bench.plan().validation_prompts
+    pool_prompts, pool_seeds = bench.train_set(len(prompts) + judged)
+    trainer.prepare(pool_prompts[-judged:], pool_seeds[-judged:])
     errors = {}
     for name, scores in rankings.items():
         trainer.initialise_from_probe(scores)
         errors[name] = trainer.validate()
-        tick(float(len(prompts)))
+        tick(float(judged))
     chosen = min(errors, key=lambda name: errors[name])
     trainer.initialise_from_probe(rankings[chosen])
     return Start(one_step, chosen, errors)

@@ -111,6 +111,16 @@ class RunDirectory:
         return Plan.from_mapping(plan) if isinstance(plan, dict) else None
 
     @property
+    def threads(self) -> int:
+        """Threads of the run's tensor operations; kept, since sums depend on it in the last digit."""
+        machine = self.section("machine")
+        return int(str(machine["threads"]))
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self.section("machine")["threads"] = count
+
+    @property
     def students(self) -> Path:
         """Folder of the student checkpoint."""
         return self.path / "students"

@@ -11,7 +11,7 @@ from ttr_distill.student import PRESETS
 
 DEFAULT_BUDGET_MINUTES = 4.0
 
-_SHARES = MappingProxyType({"distill": 0.14, "fidelity": 0.06, "flips": 0.22, "rollouts": 0.18, "compare": 0.40})
+_SHARES = MappingProxyType({"distill": 0.14, "fidelity": 0.06, "flips": 0.24, "rollouts": 0.10, "compare": 0.38})
 """How the time that is left after loading and timing is shared out."""
 
 _FIXED_SECONDS = 30.0
@@ -98,6 +98,7 @@ class Plan:
         distill_images: Teacher images that Phase 1 learns from.
         fidelity_prompts: Held-out prompts on which attention is compared layer by layer.
         probe_prompts: Training prompts of the probes.
+        validation_prompts: Training prompts on which masks are compared.
         rollouts: Student images that Phase 2 learns from.
         compare_prompts: Held-out prompts of the comparison and the picture sheet.
         levels: Costs at which routing is compared.
@@ -107,6 +108,7 @@ class Plan:
     distill_images: int
     fidelity_prompts: int
     probe_prompts: int
+    validation_prompts: int
     rollouts: int
     compare_prompts: int
     levels: int
@@ -135,8 +137,8 @@ def make_plan(settings: QuickstartSettings, layers: int, forward: float, student
     seconds = max(0.0, 60.0 * settings.budget_minutes - _FIXED_SECONDS)
     extra = max(student - forward, 0.05 * forward)
     image, student_image = steps * forward, steps * max(student, forward)
-    # One slot of the flips is one evaluation and, on average, half a trajectory to its end.
-    flips = steps * layers * (student + 0.5 * image)
+    # Each slot is evaluated twice, and in every other step followed to the end of its trajectory.
+    flips = steps * layers * (2 * student + 0.25 * image)
     # An update sees all keys but few queries, forwards and back: for near-far about a third of a forward.
     distill = image + steps * layers * 0.3 * forward + 1.5 * steps * extra
     slowdown = student_image / image
@@ -146,9 +148,10 @@ def make_plan(settings: QuickstartSettings, layers: int, forward: float, student
 
     levels = 3 if slowdown < 2.0 and settings.budget_minutes >= 1.0 else 1
     return Plan(
-        distill_images=amount("distill", distill, 2, 24),
-        fidelity_prompts=amount("fidelity", image + 3 * steps * extra, 1, 8),
+        distill_images=amount("distill", distill, 3, 24),
+        fidelity_prompts=amount("fidelity", 2.3 * image + 3 * steps * extra, 1, 8),
         probe_prompts=amount("flips", flips, 1, 4),
+        validation_prompts=4 if slowdown < 2.0 and settings.budget_minutes >= 2.0 else 2,
         rollouts=amount("rollouts", student_image, 0, 512) // 4 * 4,
         compare_prompts=amount("compare", (2 + 5 * levels) * 0.5 * (image + student_image), 2, 12),
         levels=levels,

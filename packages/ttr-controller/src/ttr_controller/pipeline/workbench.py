@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+import torch
 from attn_dispatch import AttentionHandler, AttentionRouter, DispatchReport, Guard, Route
 from ttr_distill.student import ReadinessTracker, StudentBackend, StudentBank, StudentConfig, preset
 from ttr_distill.tiny import TinySampler, TinyTeacher, heldout_prompts, load_teacher, training_prompts
@@ -69,15 +70,27 @@ class Workbench:
         }
 
     def plan(self) -> Plan:
-        """The run's amounts of work; decided at the first call by timing the teacher and the student here."""
+        """The run's amounts of work and its number of threads; decided at the first call by timing the models here."""
         if self.run.plan is None:
+            self._choose_threads()
             forward = self._seconds(None)
             student = self._seconds(self.route(self.new_bank(), ()))
             plan = make_plan(self.run.settings, len(self.sampler.layers), forward, student)
-            self.run.record("plan", plan.__dict__)
+            self.run.record("plan", asdict(plan))
         plan_now = self.run.plan
         assert plan_now is not None
+        torch.set_num_threads(self.run.threads)
         return plan_now
+
+    def _choose_threads(self) -> None:
+        """Note the faster of one thread and all: on cores that other work keeps busy, threads wait for each other."""
+        every = torch.get_num_threads()
+        seconds = {}
+        for threads in sorted({1, every}):
+            torch.set_num_threads(threads)
+            seconds[threads] = self._seconds(None)
+        self.run.threads = min(seconds, key=lambda threads: seconds[threads])
+        torch.set_num_threads(self.run.threads)
 
     def _seconds(self, handler: AttentionHandler | None) -> float:
         prompts, seeds = self.train_set(1)
