@@ -35,7 +35,7 @@ NOT_IMPORTED = {
         "triton": "the fast kernels of this package are written in it",
         "triton-windows": "the same for Windows",
     },
-    "ttr-controller": {"setuptools": "pyiqa needs pkg_resources, which newer ones lack"},
+    "ttr-controller": {"numpy": "Tensor.numpy() needs it, and torch does not bring it"},
 }
 
 # What importing a package must not load: seconds of start-up, or not installed everywhere.

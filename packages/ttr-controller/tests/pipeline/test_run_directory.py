@@ -1,9 +1,8 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
-from ttr_controller.pipeline.run_directory import RunDirectory, write_atomically
+from ttr_controller.pipeline.run_directory import RunDirectory
 from ttr_controller.pipeline.settings import QuickstartSettings, RunError
 
 SETTINGS = QuickstartSettings()
@@ -62,20 +61,6 @@ def test_a_run_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(whole.replace('"schema": 1', '"schema": 99'))
     with pytest.raises(RunError, match="schema 99"):
         RunDirectory.open(tmp_path)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "file"
-    write_atomically(target, b"old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(target, b"new and longer")
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_results_never_hold_numbers_that_json_does_not_know(tmp_path: Path) -> None:

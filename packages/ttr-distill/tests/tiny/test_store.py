@@ -1,24 +1,8 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import pytest
-from ttr_distill.tiny.store import RunStore, replace_file
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    replace_file(path, b"old")
-
-    def fail(descriptor: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        replace_file(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+from ttr_distill.tiny.store import RunStore
 
 
 def test_curve_averages_stretches(tmp_path: Path) -> None:

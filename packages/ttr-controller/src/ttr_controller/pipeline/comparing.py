@@ -12,12 +12,12 @@ import torch
 from attn_dispatch import DispatchReport
 from PIL import Image
 from torch import Tensor
+from ttr_distill.files import write_atomically
 from ttr_distill.tiny import Samples, retrieval_accuracy
 
 from ttr_controller import budget
 from ttr_controller.guard import ScheduleGuard
 from ttr_controller.pipeline.routing import COST_MARGIN, Routing, student_cost
-from ttr_controller.pipeline.run_directory import write_atomically
 from ttr_controller.pipeline.settings import Plan
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 from ttr_controller.quality.latent import relative_rmse

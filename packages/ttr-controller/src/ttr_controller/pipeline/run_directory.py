@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from ttr_distill.files import write_atomically
 
 from ttr_controller.pipeline.settings import Plan, QuickstartSettings, RunError
 
@@ -21,23 +21,6 @@ SCHEMA = 1
 _PACKAGES = ("attn-kernels", "attn-dispatch", "ttr-distill", "ttr-controller")
 
 Json = dict[str, object]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a killed writer, finds the old content or the new one, never a part.
-
-    Raises:
-        OSError: The folder cannot be written or the disk is full; the old file is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class RunDirectory:
@@ -118,6 +101,7 @@ class RunDirectory:
 
     @threads.setter
     def threads(self, count: int) -> None:
+        """Note the number of threads; written with the next section."""
         self.section("machine")["threads"] = count
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attn_dispatch import DispatchReport
+from ttr_distill.files import write_atomically
 from ttr_distill.student import ReadyGuard
 from ttr_distill.tiny import heldout_prompts
 
@@ -13,7 +14,7 @@ from ttr_controller.guard import PolicyGuard, threshold_from_quality_speed
 from ttr_controller.pipeline.comparing import png_bytes
 from ttr_controller.pipeline.distilling import load_trained
 from ttr_controller.pipeline.routing import load_routing
-from ttr_controller.pipeline.run_directory import RunDirectory, write_atomically
+from ttr_controller.pipeline.run_directory import RunDirectory
 from ttr_controller.pipeline.settings import RunError
 from ttr_controller.pipeline.workbench import Workbench
 from ttr_controller.quality.latent import relative_rmse

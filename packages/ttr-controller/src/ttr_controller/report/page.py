@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from ttr_distill.files import write_atomically
 
 from ttr_controller.report import findings, plots, sentences, svg, tables, units
 from ttr_controller.report.pictures import sheet_rows
@@ -59,12 +59,7 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     folder = Path(run_dir)
     target = folder / REPORT_NAME if out is None else Path(out)
     page = render(load_results(folder), folder)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8", newline="\n")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(target, page.encode("utf-8"))
     return target
 
 

@@ -120,6 +120,11 @@ def retrieve(images: Tensor, prompts: Sequence[str], *, directory: Path = WEIGHT
 def retrieval_accuracy(images: Tensor, prompts: Sequence[str], *, directory: Path = WEIGHTS) -> float:
     """Share of images in which ``retrieve`` finds the prompt's concept.
 
+    Args:
+        images: ``[B, 3, h, w]`` in ``[0, 1]``.
+        prompts: B captions.
+        directory: Folder of the teacher whose pictures are compared.
+
     Raises:
         ValueError: No image was given, or numbers of images and prompts differ.
     """

@@ -20,7 +20,12 @@ def flux_shift(tokens: int) -> float:
 
 
 def shift_time(time: Tensor, tokens: int) -> Tensor:
-    """Move times in ``(0, 1]`` towards 1 by ``exp(mu) / (exp(mu) + 1 / t - 1)``, as Flux does for larger images."""
+    """Move times towards 1 by ``exp(mu) / (exp(mu) + 1 / t - 1)``, as Flux does for larger images.
+
+    Args:
+        time: Any shape, e.g. ``[B]``, in ``(0, 1]``.
+        tokens: Number of image tokens.
+    """
     factor = math.exp(flux_shift(tokens))
     return factor / (factor + 1 / time - 1)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ttr_distill.files import write_atomically
 from ttr_distill.tiny.codec import PatchCodec
 from ttr_distill.tiny.teacher import CONFIG_FILE, TEXT_FILE, TRANSFORMER_FILE, VOCABULARY_FILE
 
@@ -39,18 +39,18 @@ class Progress:
     samples: dict[str, int] = field(default_factory=dict)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write ``content`` beside ``path``, flush it to disk, then put it in place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+class StoredRun(TypedDict):
+    """What a checkpoint holds.
+
+    Attributes:
+        identity: Describes the run's options.
+        progress: How far the run is.
+        trainer: State of the trainer.
+    """
+
+    identity: str
+    progress: Progress
+    trainer: dict[str, object]
 
 
 class RunStore:
@@ -66,7 +66,7 @@ class RunStore:
         self.identity = identity
         folder.mkdir(parents=True, exist_ok=True)
 
-    def load(self) -> dict[str, Any] | None:
+    def load(self) -> StoredRun | None:
         """Read the checkpoint and cut the log back to it; ``None`` if there is none.
 
         Raises:
@@ -77,20 +77,21 @@ class RunStore:
         if not path.is_file():
             log.unlink(missing_ok=True)
             return None
-        stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        stored = cast(StoredRun, {**content, "progress": Progress(**content["progress"])})
         if stored["identity"] != self.identity:
             raise ValueError(
                 f"{self.folder} holds a run with other options; give another folder, or delete {path.name}"
             )
-        rows = [row for row in self.rows() if row["step"] < stored["progress"]["done"]]
-        replace_file(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        rows = [row for row in self.rows() if row["step"] < stored["progress"].done]
+        write_atomically(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
         return stored
 
     def save(self, trainer: Mapping[str, object], progress: Progress) -> None:
         """Write the checkpoint."""
         content = io.BytesIO()
         torch.save({"identity": self.identity, "progress": asdict(progress), "trainer": dict(trainer)}, content)
-        replace_file(self.folder / STATE_FILE, content.getvalue())
+        write_atomically(self.folder / STATE_FILE, content.getvalue())
 
     def log(self, row: Mapping[str, float]) -> None:
         """Append a line to the log."""
@@ -148,9 +149,9 @@ def write_teacher(
     }
     rest = {name: weight.detach().contiguous() for name, weight in weights.items() if name.startswith("text.")}
     rest |= {f"codec.{name}": value.contiguous() for name, value in codec.state_dict().items()}
-    replace_file(out / CONFIG_FILE, (json.dumps(dict(config), indent=2) + "\n").encode())
-    replace_file(out / TRANSFORMER_FILE, save(transformer))
-    replace_file(out / TEXT_FILE, save(rest))
-    replace_file(out / VOCABULARY_FILE, vocabulary.encode())
+    write_atomically(out / CONFIG_FILE, (json.dumps(dict(config), indent=2) + "\n").encode())
+    write_atomically(out / TRANSFORMER_FILE, save(transformer))
+    write_atomically(out / TEXT_FILE, save(rest))
+    write_atomically(out / VOCABULARY_FILE, vocabulary.encode())
     for name, content in extra.items():
-        replace_file(out / name, content)
+        write_atomically(out / name, content)

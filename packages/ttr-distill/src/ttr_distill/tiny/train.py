@@ -88,7 +88,7 @@ def train(
     if stored is None:
         progress = Progress(config.steps or measure_steps(pictures, config, architecture))
     else:
-        progress = Progress(**stored["progress"])
+        progress = stored["progress"]
         trainer.load_state_dict(stored["trainer"])
     logger.info("training %s steps of %d concepts, from step %d", progress.steps, len(pictures.concepts), progress.done)
     validate_every = max(1, sum(progress.steps) // 25)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,22 @@ from ttr_distill.tiny.text import TextEncoder, Vocabulary
 
 TEXT_WIDTH = 64
 
-ARCHITECTURE: Mapping[str, object] = {
-    "_class_name": "FluxTransformer2DModel",
-    "attention_head_dim": 32,
-    "axes_dims_rope": (8, 12, 12),
-    "guidance_embeds": False,
-    "in_channels": 16,
-    "joint_attention_dim": TEXT_WIDTH,
-    "num_attention_heads": 4,
-    "num_layers": 2,
-    "num_single_layers": 4,
-    "out_channels": None,
-    "patch_size": 1,
-    "pooled_projection_dim": TEXT_WIDTH,
-}
+ARCHITECTURE: Mapping[str, object] = MappingProxyType(
+    {
+        "_class_name": "FluxTransformer2DModel",
+        "attention_head_dim": 32,
+        "axes_dims_rope": (8, 12, 12),
+        "guidance_embeds": False,
+        "in_channels": 16,
+        "joint_attention_dim": TEXT_WIDTH,
+        "num_attention_heads": 4,
+        "num_layers": 2,
+        "num_single_layers": 4,
+        "out_channels": None,
+        "patch_size": 1,
+        "pooled_projection_dim": TEXT_WIDTH,
+    }
+)
 
 
 @dataclass(frozen=True)
