@@ -57,9 +57,8 @@ def pytest(session: nox.Session, *arguments: str | Path) -> None:
     """Run tests with the root's settings and leave the counts for ``summary``."""
     name = session.name.replace("(", "-").replace(")", "")
     report = f"--junit-xml={RUN / name}.xml"
-    session.run(
-        "pytest", "-q", "-c", ROOT / "pyproject.toml", f"--rootdir={ROOT}", report, *arguments, *session.posargs
-    )
+    settings = ("-c", ROOT / "pyproject.toml", f"--rootdir={ROOT}", report)
+    session.run("pytest", "-q", *settings, *arguments, *session.posargs, env=THREADS)
 
 
 def sources() -> list[str]:

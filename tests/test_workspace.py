@@ -177,6 +177,22 @@ def test_the_lock_is_current() -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("folder", ["approximate-attention", "a clone.2", "main"])
+def test_tests_run_whatever_the_clone_is_called(folder: str, tmp_path: Path) -> None:
+    """The root's __init__.py is a door for ComfyUI; pytest must not take the clone for a Python package."""
+    clone = tmp_path / folder
+    tests = clone / "packages" / "comfy-nodes" / "tests"
+    tests.mkdir(parents=True)
+    for name in ("__init__.py", "conftest.py", "pyproject.toml", "packages/comfy-nodes/__init__.py"):
+        shutil.copy(ROOT / name, clone / name)
+    source = clone / "packages" / "comfy-nodes" / "src" / "comfy_nodes"
+    shutil.copytree(ROOT / "packages" / "comfy-nodes" / "src" / "comfy_nodes", source)
+    (tests / "test_nothing.py").write_text("def test_nothing() -> None: ...\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", str(tests)]
+    run = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False, timeout=120)
+    assert (run.returncode, "1 passed" in run.stdout) == (0, True), run.stdout
+
+
 def readme_commands() -> list[str]:
     """Lines of the shell blocks of README.md, ``&&`` taken apart."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

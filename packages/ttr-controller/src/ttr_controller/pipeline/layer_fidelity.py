@@ -12,6 +12,10 @@ from ttr_distill.student import StudentBank, preset
 
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 
+PLAIN = "near_far, no chosen tiles"
+PLAIN_SMALL = "near_far, no chosen tiles, tiles of 2 x 2"
+"""At this size small tiles see fewer keys than tiles of 4 x 4 with eight chosen ones."""
+
 NEAR_FAR_LIMIT = 0.005
 CHOSEN_TILES_LIMIT = 0.002
 
@@ -62,7 +66,8 @@ def measure_fidelity(bench: Workbench, students: Students, tick: Tick) -> None:
     plan = bench.plan()
     preset_name = bench.run.settings.preset
     variants = {
-        ("near_far, no chosen tiles", "before"): bench.new_bank(preset("near_far", top_k=0)),
+        (PLAIN, "before"): bench.new_bank(preset("near_far", top_k=0)),
+        (PLAIN_SMALL, "before"): bench.new_bank(preset("near_far", top_k=0, tile=2)),
         ("near_far", "before"): bench.new_bank(preset("near_far")),
         (preset_name, "after"): students.bank,
     }

@@ -146,10 +146,10 @@ def make_plan(settings: QuickstartSettings, layers: int, forward: float, student
     def amount(phase: str, each: float, least: int, most: int) -> int:
         return max(least, min(most, int(_SHARES[phase] * seconds / each)))
 
-    levels = 3 if slowdown < 2.0 and settings.budget_minutes >= 1.0 else 1
+    levels = (3 if settings.budget_minutes >= 6.0 else 2) if slowdown < 2.0 and settings.budget_minutes >= 1.0 else 1
     return Plan(
         distill_images=amount("distill", distill, 3, 24),
-        fidelity_prompts=amount("fidelity", 2.3 * image + 3 * steps * extra, 1, 8),
+        fidelity_prompts=amount("fidelity", 2.7 * image + 3 * steps * extra, 1, 8),
         probe_prompts=amount("flips", flips, 1, 4),
         validation_prompts=4 if slowdown < 2.0 and settings.budget_minutes >= 2.0 else 2,
         rollouts=amount("rollouts", student_image, 0, 512) // 4 * 4,

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from ttr_controller.pipeline.comparing import best_simple_baseline
-from ttr_controller.pipeline.layer_fidelity import CHOSEN_TILES_LIMIT, NEAR_FAR_LIMIT, mean_cosine_distance
+from ttr_controller.pipeline.layer_fidelity import (
+    CHOSEN_TILES_LIMIT,
+    NEAR_FAR_LIMIT,
+    PLAIN_SMALL,
+    mean_cosine_distance,
+)
 from ttr_controller.pipeline.run_directory import Json, RunDirectory
 
 
@@ -15,12 +20,12 @@ def judge(run: RunDirectory) -> list[Json]:
     assert isinstance(points, list)
     checks = [
         _at_most(
-            "mean cosine distance of near-far without chosen tiles, before training",
-            mean_cosine_distance(rows, "near_far, no chosen tiles", "before"),
+            "mean cosine distance of near-far with tiles of 2 x 2 and no chosen tiles, before training",
+            mean_cosine_distance(rows, PLAIN_SMALL, "before"),
             NEAR_FAR_LIMIT,
         ),
         _at_most(
-            "mean cosine distance of near-far with chosen tiles, before training",
+            "mean cosine distance of near-far with tiles of 4 x 4 and eight chosen tiles, before training",
             mean_cosine_distance(rows, "near_far", "before"),
             CHOSEN_TILES_LIMIT,
         ),
