@@ -10,7 +10,7 @@ from ttr_distill.tiny.text import BEGIN, NULL, PAD, TextEncoder, Vocabulary
 
 @pytest.fixture
 def words() -> Vocabulary:
-    return Vocabulary.of_concepts(("red apple", "t rex"), COLOURS, text_tokens=6)
+    return Vocabulary.of_concepts(("red apple", "t rex", "meat on bone"), COLOURS, text_tokens=6)
 
 
 def test_ids(words: Vocabulary) -> None:
@@ -26,6 +26,8 @@ def test_white_is_no_background(words: Vocabulary) -> None:
     assert torch.equal(words.ids(["t rex on white"]), words.ids(["t-rex"]))
     assert words.parse("t rex") == ("t rex", "white")
     assert words.parse("red apple on blue") == ("red apple", "blue")
+    assert words.parse("meat on bone") == ("meat on bone", "white")
+    assert words.parse("meat on bone on blue") == ("meat on bone", "blue")
 
 
 def test_errors_name_the_caption(words: Vocabulary) -> None:

@@ -13,6 +13,8 @@ from ttr_distill.training import DistillConfig, Distiller
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 
 CURVE_NAME = "distillation.jsonl"
+REPLAY_BYTES = 64 * 2**20
+"""The replay is saved after every image; more would cost more time to write than to learn from."""
 
 
 def distill(bench: Workbench, tick: Tick) -> None:
@@ -58,7 +60,7 @@ def _start(bench: Workbench, sink: JsonlSink) -> tuple[Students, Distiller]:
     """Go on with the run's training, or begin it."""
     seed = bench.run.settings.seed
     # Every layer learns in every step: a run has few images, and readiness asks for enough measurements of each layer.
-    config = DistillConfig(min_swap_layers=len(bench.sampler.layers))
+    config = DistillConfig(min_swap_layers=len(bench.sampler.layers), replay_bytes=REPLAY_BYTES)
     if not bench.run.students.exists():
         students = Students(bench.new_bank(), ReadinessTracker())
         return students, Distiller(students.bank, students.readiness, config, seed=seed, sinks=(sink,))

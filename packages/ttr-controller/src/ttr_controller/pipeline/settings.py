@@ -139,8 +139,9 @@ def make_plan(settings: QuickstartSettings, layers: int, forward: float, student
     image, student_image = steps * forward, steps * max(student, forward)
     # Each slot is evaluated twice, and in every other step followed to the end of its trajectory.
     flips = steps * layers * (2 * student + 0.25 * image)
-    # An update sees all keys but few queries, forwards and back: for near-far about a third of a forward.
-    distill = image + steps * layers * 0.3 * forward + 1.5 * steps * extra
+    # An update sees all keys but few queries, forwards and back: for near-far, with what is measured on
+    # held-out queries, about half of a forward.
+    distill = image + steps * layers * 0.5 * forward + 1.5 * steps * extra
     slowdown = student_image / image
 
     def amount(phase: str, each: float, least: int, most: int) -> int:

@@ -88,9 +88,11 @@ class Vocabulary:
         Raises:
             ValueError: The background is not one of ``colours``.
         """
-        concept, separator, colour = _normalised(caption).rpartition(" on ")
-        if not separator:
-            return _normalised(caption), "white"
+        text = _normalised(caption)
+        concept, separator, colour = text.rpartition(" on ")
+        # A concept may itself hold the word: "meat on bone".
+        if not separator or text in self.concepts:
+            return text, "white"
         if colour not in self.colours:
             raise ValueError(f"caption {caption!r} names background {colour!r}; known are {', '.join(self.colours)}")
         return concept, colour
