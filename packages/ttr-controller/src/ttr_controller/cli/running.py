@@ -33,7 +33,7 @@ def quickstart(
     out: Out = DEFAULT_OUT,
     preset: PresetName = "near_far",
     device: Device = "auto",
-    budget: Budget = 4.0,
+    budget: Budget = 3.5,
     seed: Seed = 0,
 ) -> None:
     """Distil, learn to route, sample, measure and report, on the embedded teacher.
@@ -52,7 +52,7 @@ def distill(
     out: Out = DEFAULT_OUT,
     preset: PresetName = "near_far",
     device: Device = "auto",
-    budget: Budget = 4.0,
+    budget: Budget = 3.5,
     seed: Seed = 0,
 ) -> None:
     """Phase 1 alone: distil a student for every attention layer and measure it on held-out prompts.
