@@ -49,11 +49,7 @@ def tiles(results: Results) -> list[Tile]:
 
 def _pareto_tiles(pareto: Pareto) -> list[Tile]:
     found = []
-    middle = min(
-        findings.compare_policy(pareto),
-        key=lambda item: abs((item.cost if item.full_share is None else item.full_share) - 0.5),
-        default=None,
-    )
+    middle = min(findings.compare_policy(pareto), key=lambda item: abs(item.cost - 0.5), default=None)
     if middle is not None:
         best = middle.best_simple
         note = (
