@@ -10,7 +10,7 @@ from torch import Tensor
 from ttr_distill.tiny import TinySampler, heldout_prompts, load_teacher
 
 CONFIGS = {
-    "chosen": NearFarConfig(tile=4, radius=1, top_k=8),
+    "chosen": NearFarConfig(tile=4, radius=1, top_k=10),
     "small tiles": NearFarConfig(tile=2, radius=1, top_k=0),
     "plain": NearFarConfig(tile=4, radius=1, top_k=0),
 }
@@ -61,7 +61,7 @@ def test_the_mean_of_v_is_far_off(meter: Meter) -> None:
 
 
 def test_chosen_tiles_reach_two_thousandths(meter: Meter) -> None:
-    assert meter.mean("chosen") <= 0.002 * 1.15  # two prompts; the quickstart's check has the limit itself
+    assert meter.mean("chosen") <= 0.002
 
 
 def test_small_tiles_without_choice_reach_five_thousandths(meter: Meter) -> None:

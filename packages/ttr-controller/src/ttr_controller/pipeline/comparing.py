@@ -17,17 +17,11 @@ from ttr_distill.tiny import Samples, retrieval_accuracy
 
 from ttr_controller import budget
 from ttr_controller.guard import ScheduleGuard
-from ttr_controller.pipeline.routing import COST_MARGIN, Routing, student_cost
+from ttr_controller.pipeline.routing import Routing, full_shares, student_cost
 from ttr_controller.pipeline.settings import Plan
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 from ttr_controller.quality.latent import relative_rmse
 from ttr_controller.quality.perceptual import psnr, ssim
-
-COSTS = (0.5, 2 / 3, 5 / 6)
-"""Relative attention costs compared, where the student is cheap enough to reach the lowest."""
-
-FULL_SHARES = (0.5, 0.25, 0.75)
-"""Shares of full attention compared where it is not."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +44,6 @@ class Setting:
 def work(plan: Plan) -> float:
     """Units of progress: images sampled."""
     return float(plan.compare_prompts * (2 + 5 * plan.levels))
-
-
-def full_shares(cost: float, levels: int) -> tuple[float, ...]:
-    """Shares of full attention to compare, for a student of this relative cost; the one that is learned for first."""
-    if cost >= min(COSTS) - COST_MARGIN:
-        return FULL_SHARES[:levels]
-    return tuple((level - cost) / (1.0 - cost) for level in COSTS[:levels])
 
 
 def settings_to_compare(routing: Routing, cost: float, levels: int, seed: int) -> Iterator[Setting]:

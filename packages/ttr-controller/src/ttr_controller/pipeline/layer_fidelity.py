@@ -10,11 +10,11 @@ from attn_kernels import cosine_distance
 from torch import Tensor
 from ttr_distill.student import StudentBank, preset
 
-from ttr_controller.pipeline.workbench import Students, Tick, Workbench
+from ttr_controller.pipeline.workbench import Students, Tick, Workbench, student_config
 
 PLAIN = "near_far, no chosen tiles"
 PLAIN_SMALL = "near_far, no chosen tiles, tiles of 2 x 2"
-"""At this size small tiles see fewer keys than tiles of 4 x 4 with eight chosen ones."""
+"""At this size small tiles see fewer keys than tiles of 4 x 4 with chosen ones."""
 
 NEAR_FAR_LIMIT = 0.005
 CHOSEN_TILES_LIMIT = 0.002
@@ -68,7 +68,7 @@ def measure_fidelity(bench: Workbench, students: Students, tick: Tick) -> None:
     variants = {
         (PLAIN, "before"): bench.new_bank(preset("near_far", top_k=0)),
         (PLAIN_SMALL, "before"): bench.new_bank(preset("near_far", top_k=0, tile=2)),
-        ("near_far", "before"): bench.new_bank(preset("near_far")),
+        ("near_far", "before"): bench.new_bank(student_config("near_far")),
         (preset_name, "after"): students.bank,
     }
     if preset_name != "near_far":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,21 +18,27 @@ from ttr_distill.checkpoint import CheckpointError, load_checkpoint, save_checkp
 from ttr_distill.metrics import JsonlSink
 from ttr_distill.student import StudentBackend
 
+from ttr_controller.budget import slot_count
 from ttr_controller.guard import masks_from_policy
 from ttr_controller.pipeline.settings import Plan
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 from ttr_controller.policy import PolicyConfig, RoutingPolicy
 from ttr_controller.probe import flip_evaluations, flip_scores, velocity_error_probe
-from ttr_controller.trainer import ControllerConfig, ControllerTrainer, MetricRow
+from ttr_controller.trainer import BestPolicy, ControllerConfig, ControllerTrainer, MetricRow
 from ttr_controller.trainer_state import TrainerManifest, TrainerState, unpack_contexts, with_prefix
 
 KIND = "controller"
 CURVE_NAME = "controller.jsonl"
 SCORES = "probe.scores"
-TARGET_COST = 0.5
+COSTS = (0.5, 2 / 3, 5 / 6)
+"""Relative attention costs that are compared; the policy is trained at the first."""
+FULL_SHARES = (0.5, 0.25, 0.75)
+"""Shares of full attention compared where the student is too dear for the lowest cost."""
 COST_MARGIN = 0.05
-"""A student must be this much cheaper than the target for the target to leave it anything to do."""
+"""A student must be this much cheaper than a cost for the cost to leave it anything to do."""
 ROLLOUTS = ControllerConfig().rollouts
+RANKINGS = 4
+"""Rankings of the slots that the policy may start from."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,8 @@ class Start:
     Attributes:
         scores: ``[steps, L]``, the one-step probe's score of each slot.
         chosen: Name of the ranking that the policy was given.
-        errors: Error of each ranking on the training prompts at the target cost.
+        errors: Error of each ranking on training prompts that it was not made from, geometric mean over the costs
+            that the run compares.
     """
 
     scores: Tensor
@@ -83,14 +91,16 @@ def student_cost(bench: Workbench, students: Students) -> float:
     return sum(costs) / len(costs)
 
 
-def target_share(cost: float) -> float:
-    """Share of full attention that halves the attention cost; a half where the student is too dear for that."""
-    return (TARGET_COST - cost) / (1.0 - cost) if cost < TARGET_COST - COST_MARGIN else 0.5
+def full_shares(cost: float, levels: int) -> tuple[float, ...]:
+    """Shares of full attention to compare, for a student of this relative cost; the one that is learned for first."""
+    if cost >= min(COSTS) - COST_MARGIN:
+        return FULL_SHARES[:levels]
+    return tuple((level - cost) / (1.0 - cost) for level in COSTS[:levels])
 
 
 def work(plan: Plan) -> float:
     """Units of progress: images sampled."""
-    return work_of_probes(plan) + plan.rollouts + 3.0 * plan.validation_prompts
+    return work_of_probes(plan) + plan.rollouts + float(RANKINGS * plan.levels * plan.validation_prompts)
 
 
 def work_of_probes(plan: Plan) -> float:
@@ -143,7 +153,7 @@ def _start(bench: Workbench, students: Students, tick: Tick) -> tuple[Controller
         bench.sampler,
         backend,
         _new_policy(bench),
-        ControllerConfig(target_full=target_share(cost)),
+        ControllerConfig(target_full=full_shares(cost, 1)[0]),
         seed=bench.run.settings.seed,
         student_cost=torch.full((len(bench.sampler.layers),), cost),
     )
@@ -151,17 +161,19 @@ def _start(bench: Workbench, students: Students, tick: Tick) -> tuple[Controller
     if loaded is not None:
         trainer.load_state_dict(loaded[0])
         return trainer, loaded[1]
-    start_at = _rank_and_initialise(bench, trainer, backend, tick)
+    start_at = _rank_and_initialise(bench, trainer, backend, cost, tick)
     _save(bench, trainer, start_at)
     return trainer, start_at
 
 
-def _rank_and_initialise(bench: Workbench, trainer: ControllerTrainer, backend: StudentBackend, tick: Tick) -> Start:
-    """Rank the slots in three ways and give the policy the one that does best on training prompts at the target cost.
+def _rank_and_initialise(
+    bench: Workbench, trainer: ControllerTrainer, backend: StudentBackend, cost: float, tick: Tick
+) -> Start:
+    """Rank the slots in four ways and give the policy the one that does best on other training prompts.
 
     The one-step probe sees the error a student makes within its step, the flips also what the steps after it make of
-    that error, and "first steps" needs no measurement; starting from the best of the three, learning cannot end below
-    the simple rule on the images it is judged by.
+    that error, and "first steps" needs no measurement. Few prompts make flips noisy; the mean of both ranks keeps what
+    they agree on. Every ranking is judged at all costs that the run compares.
     """
     prompts, seeds = bench.train_set(bench.plan().probe_prompts)
     steps, layers = bench.sampler.steps, len(bench.sampler.layers)
@@ -172,23 +184,43 @@ def _rank_and_initialise(bench: Workbench, trainer: ControllerTrainer, backend: 
 
     path = bench.sampler.trajectory(prompts, seeds)
     one_step = velocity_error_probe(bench.sampler, prompts, seeds, backend, path=path, on_evaluation=advance)
+    first = torch.linspace(1.0, 0.0, steps).unsqueeze(1).repeat(1, layers)
+    flips = flip_scores(bench.sampler, prompts, seeds, backend, path=path, on_evaluation=advance)
     rankings = {
-        "first steps": torch.linspace(1.0, 0.0, steps).unsqueeze(1).repeat(1, layers),
+        "first steps": first,
         "one-step probe": one_step,
-        "flips": flip_scores(bench.sampler, prompts, seeds, backend, path=path, on_evaluation=advance),
+        "flips": flips,
+        "flips and first steps": _ranks(flips) + _ranks(first),
     }
     # Judged on other images than those that were probed.
     judged = bench.plan().validation_prompts
     pool_prompts, pool_seeds = bench.train_set(len(prompts) + judged)
     trainer.prepare(pool_prompts[-judged:], pool_seeds[-judged:])
-    errors = {}
-    for name, scores in rankings.items():
-        trainer.initialise_from_probe(scores)
-        errors[name] = trainer.validate()
-        tick(float(judged))
+    errors = {name: _judge(bench, trainer, scores, cost, tick) for name, scores in rankings.items()}
     chosen = min(errors, key=lambda name: errors[name])
+    trainer.best = BestPolicy()
     trainer.initialise_from_probe(rankings[chosen])
     return Start(one_step, chosen, errors)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Rank of each slot ``[steps, L]`` among all, 0 to 1; equal scores share the mean of their ranks."""
+    flat = scores.flatten()
+    below = (flat.unsqueeze(0) < flat.unsqueeze(1)).sum(1)
+    equal = (flat.unsqueeze(0) == flat.unsqueeze(1)).sum(1)
+    return ((below + 0.5 * (equal - 1)) / max(1, flat.numel() - 1)).view_as(scores)
+
+
+def _judge(bench: Workbench, trainer: ControllerTrainer, scores: Tensor, cost: float, tick: Tick) -> float:
+    """Error of a policy that learnt these scores on the validation images, geometric mean over the compared costs."""
+    trainer.initialise_from_probe(scores)
+    logs = []
+    for share in full_shares(cost, bench.plan().levels):
+        count = slot_count(bench.sampler.steps, trainer.eligible, share)
+        mask = masks_from_policy(trainer.policy, trainer.contexts, count, eligible=trainer.eligible)
+        logs.append(math.log(max(trainer.validation_error(mask), 1e-12)))
+        tick(float(bench.plan().validation_prompts))
+    return math.exp(sum(logs) / len(logs))
 
 
 def _new_policy(bench: Workbench) -> RoutingPolicy:

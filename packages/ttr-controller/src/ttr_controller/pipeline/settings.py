@@ -12,7 +12,7 @@ from ttr_distill.student import PRESETS
 DEFAULT_BUDGET_MINUTES = 3.5
 
 _SHARES = MappingProxyType(
-    {"distill": 0.12, "fidelity": 0.08, "flips": 0.20, "validation": 0.16, "rollouts": 0.08, "compare": 0.36}
+    {"distill": 0.12, "fidelity": 0.08, "flips": 0.20, "validation": 0.22, "rollouts": 0.06, "compare": 0.32}
 )
 """How the time that is left after loading and timing is shared out."""
 
@@ -154,8 +154,8 @@ def make_plan(settings: QuickstartSettings, layers: int, forward: float, student
         distill_images=amount("distill", distill, 3, 24),
         fidelity_prompts=amount("fidelity", 2.7 * image + 3 * steps * extra, 1, 8),
         probe_prompts=amount("flips", flips, 1, 4),
-        # About six masks are compared on them.
-        validation_prompts=amount("validation", 6 * student_image, 2, 4),
+        # Four rankings at each cost, and what is learnt from there.
+        validation_prompts=amount("validation", (3 + 4 * levels) * student_image, 2, 4),
         rollouts=amount("rollouts", student_image, 0, 512) // 4 * 4,
         compare_prompts=amount("compare", (2 + 5 * levels) * 0.5 * (image + student_image), 2, 12),
         levels=levels,
