@@ -10,11 +10,23 @@ from attn_dispatch.call import (
     StepContext,
     TokenLayout,
 )
-from attn_dispatch.guards import LayerRange, MinTokens, SigmaBelow
+from attn_dispatch.default import (
+    attention_backend,
+    auto_detect_precision,
+    auto_select,
+    dispatch_attention,
+    dispatch_attention_varlen,
+    explain,
+    get_backend,
+    get_backend_label,
+    set_backend,
+)
+from attn_dispatch.finite import FiniteBackend
+from attn_dispatch.guards import LayerRange, MinTokens, PaysOff, SigmaBelow
 from attn_dispatch.masks import join_mask, split_mask
 from attn_dispatch.probe import FidelityProbe, FidelityRow
 from attn_dispatch.report import DispatchReport, DispatchRow
-from attn_dispatch.router import AttentionRouter, Backend, Guard, NativeHandler, Route, RunObserver
+from attn_dispatch.router import AttentionRouter, Backend, Guard, NativeHandler, Route, RunObserver, StepObserver
 
 __all__ = [
     "AttentionCall",
@@ -26,18 +38,30 @@ __all__ = [
     "DispatchRow",
     "FidelityProbe",
     "FidelityRow",
+    "FiniteBackend",
     "Guard",
     "LayerKey",
     "LayerRange",
     "MinTokens",
     "NativeAttention",
     "NativeHandler",
+    "PaysOff",
     "Route",
     "RunObserver",
     "SdpaMode",
     "SigmaBelow",
     "StepContext",
+    "StepObserver",
     "TokenLayout",
+    "attention_backend",
+    "auto_detect_precision",
+    "auto_select",
+    "dispatch_attention",
+    "dispatch_attention_varlen",
+    "explain",
+    "get_backend",
+    "get_backend_label",
     "join_mask",
+    "set_backend",
     "split_mask",
 ]

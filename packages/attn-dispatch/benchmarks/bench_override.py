@@ -1,0 +1,123 @@
+"""What an installed override that declines costs per attention call, over the host's own override mechanism.
+
+Both arms run the same host call of the same tiny tensors, whose attention takes next to no time: one through an
+override that does nothing but call the host's attention, one through a ``ComfyOverride`` whose router refuses, report
+included. The arms alternate in one process; times are of this process, and medians of many short rounds.
+
+Run: ``python packages/attn-dispatch/benchmarks/bench_override.py [--json FILE]``. Exits with 1 above the target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from attn_dispatch import AttentionCall, AttentionRouter, MinTokens, Route, StepContext, TokenLayout
+from attn_dispatch.adapters.comfyui import install
+from attn_dispatch.adapters.comfyui_fake import FakeFlux, FakeModelPatcher, overridable
+from attn_dispatch.adapters.comfyui_override import FACTS, INSTALLED, OVERRIDE, ModelFacts
+from attn_kernels import TokenGrid
+from torch import Tensor
+
+TARGET_US = 15.0
+HEADS, WIDTH, ROWS, WORDS = 2, 16, 2, 4
+
+
+class Declining:
+    """A backend whose guard always says no."""
+
+    name = "declining"
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        """Say nothing against the call; the guard does."""
+        return None
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Never called."""
+        raise AssertionError("a declined backend ran")
+
+
+def host_call(options: dict[str, Any], flat: bool, output: Tensor) -> Callable[[], Tensor]:
+    """Make an attention call of the host: ``flat`` as Wan makes it, else as Flux does."""
+    tokens = WORDS + ROWS * ROWS
+    shape = (1, tokens, HEADS * WIDTH) if flat else (1, HEADS, tokens, WIDTH)
+    q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+
+    def instant(*args: Any, **kwargs: Any) -> Tensor:
+        return output
+
+    attention = overridable(instant)
+    if flat:
+        return lambda: attention(q, k, v, heads=HEADS, transformer_options=options)
+    return lambda: attention(q, k, v, HEADS, skip_reshape=True, mask=None, transformer_options=options)
+
+
+def microseconds(call: Callable[[], Tensor], calls: int) -> float:
+    """Process time of one call."""
+    start = time.process_time_ns()
+    for _ in range(calls):
+        call()
+    return (time.process_time_ns() - start) / calls / 1e3
+
+
+def measure(flat: bool, rounds: int, calls: int) -> dict[str, float]:
+    """Compare both arms; medians over paired rounds."""
+    tokens = WORDS + ROWS * ROWS
+    output = torch.zeros(1, tokens, HEADS * WIDTH)
+    names = {"block_type": "single", "block_index": 3, "img_slice": [WORDS, tokens], "cond_or_uncond": [0]}
+    plain = {**names, OVERRIDE: lambda func, *args, **kwargs: func(*args, **kwargs)}
+    router = AttentionRouter([Route(Declining(), (MinTokens(10**6),))])
+    options = install(FakeModelPatcher(FakeFlux()), router).model_options["transformer_options"]
+    layout = TokenLayout(tokens, ((0, WORDS),), (TokenGrid(WORDS, ROWS, ROWS),))
+    options = {**options, **names, FACTS: {INSTALLED: ModelFacts(StepContext(0.5, 3.5, (4, 4), (0,)), layout)}}
+    arms = host_call(plain, flat, output), host_call(options, flat, output)
+    if not torch.equal(arms[0](), arms[1]()):
+        raise SystemExit("the arms differ")
+    pairs = []
+    for _ in range(rounds):
+        pairs.append((microseconds(arms[0], calls), microseconds(arms[1], calls)))
+    if router.report.counts() != {"native": rounds * calls + 1}:
+        raise SystemExit("the router was not asked for every call")
+    return {
+        "host_us": statistics.median(one for one, _ in pairs),
+        "installed_us": statistics.median(two for _, two in pairs),
+        "overhead_us": statistics.median(two - one for one, two in pairs),
+    }
+
+
+def main() -> int:
+    """Print the table and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--calls", type=int, default=100)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        rows = {
+            name: measure(flat, arguments.rounds, arguments.calls)
+            for name, flat in (("Flux: [B, H, N, D]", False), ("Wan: [B, N, H * D]", True))
+        }
+    write = sys.stdout.write
+    write(f"{'layout':<22}{'host us':>10}{'installed us':>14}{'overhead us':>13}{'target':>8}\n")
+    for name, row in rows.items():
+        write(f"{name:<22}{row['host_us']:>10.2f}{row['installed_us']:>14.2f}{row['overhead_us']:>13.2f}")
+        write(f"{TARGET_US:>8.0f}\n")
+    if arguments.json is not None:
+        machine = {"platform": platform.platform(), "processor": platform.processor(), "cpus": os.cpu_count()}
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        arguments.json.write_text(json.dumps({"rows": rows, "target_us": TARGET_US, **machine, **versions}, indent=1))
+    return int(any(row["overhead_us"] > TARGET_US for row in rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
