@@ -33,6 +33,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "MPLBACKEND": "Agg",
+    # What is compiled for the GPUs that are not here is compiled once.
+    "TRITON_CACHE_DIR": str(ROOT / ".nox" / "triton"),
 }
 # The tests' tensors are small: a second thread saves nothing, and where another process wants the cores, every
 # operation waits for it (ttr-distill: 854 s instead of 40 s).
@@ -139,12 +141,21 @@ def matrix(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """Tests that need a CUDA device."""
+    """Tests that need a CUDA device, on kernels compiled for it instead of interpreted."""
     sync(session, "--no-default-groups", "--group", "test")
+    session.env["TRITON_INTERPRET"] = "0"
     answer = session.run("python", "-c", "import torch; print(torch.cuda.is_available())", silent=True)
     if "True" not in str(answer):
         session.skip("no CUDA device")
     pytest(session, "-m", "gpu", "packages", "tests")
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """Every case of every kernel, compiled for all GPUs; ``test(attn-kernels)`` takes a part of them."""
+    sync(session, "--package", "attn-kernels", "--group", "test")
+    session.env["COMPILE_EVERY_TARGET"] = "1"
+    pytest(session, "packages/attn-kernels/tests/test_compile.py")
 
 
 @nox.session

@@ -29,10 +29,14 @@ def tests_have_sources(tree: Tree) -> list[Violation]:
         if folder is None:
             continue
         topics = {topic for module in tree.sources if _package_folder(module) == folder for topic in _topics(module)}
-        # Tests of the package as such: what it exports, what importing it loads, how it is written.
+        # Tests of the package as such: what it exports, what importing it loads, how it is written, that its README is
+        # true, that its kernels compile, that it runs on a GPU.
         topics |= {
             "import",
+            "readme",
             "source",
+            "compile",
+            "gpu",
             *(module.package for module in tree.sources if _package_folder(module) == folder),
         }
         stem = test.path.stem.removeprefix("test_")

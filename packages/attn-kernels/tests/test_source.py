@@ -9,14 +9,9 @@ import attn_kernels
 import pytest
 import torch
 from attn_kernels import (
-    NearFarConfig,
-    NearFarCorrections,
     Partial,
     TokenGrid,
-    kernel_regression,
-    landmark_attention,
     merge_partials,
-    near_far_attention,
     softmax_attention,
 )
 
@@ -56,35 +51,37 @@ def test_no_call_in_the_forward_waits_for_the_device(path):
     assert not [f"bool in line {f.lineno}" for f in called if isinstance(f, ast.Name) and f.id == "bool"]
 
 
-@pytest.mark.parametrize("impl", ["reference", "blocked"])
-@pytest.mark.parametrize("exact_queries", ["exact", "pooled"])
-def test_near_far_runs_where_no_value_can_be_read(impl, exact_queries):
+GRIDS = (TokenGrid(3, 5, 7), TokenGrid(40, 4, 4))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_operator_runs_where_no_value_can_be_read(operator, form, masked):
     # Tensors on the meta device have no values, so reading one raises.
     q, k, v = (torch.empty(2, 3, 60, 8, device="meta") for _ in range(3))
-    part = near_far_attention(
-        q,
-        k,
-        v,
-        grids=[TokenGrid(3, 5, 7), TokenGrid(40, 4, 4)],
-        config=NearFarConfig((2, 3), 1, 2, exact_queries),
-        key_mask=torch.empty(2, 60, dtype=torch.bool, device="meta"),
-        corrections=NearFarCorrections(*(torch.empty(3, device="meta") for _ in range(2))),
-        impl=impl,
-    )
+    mask = torch.empty(2, 60, dtype=torch.bool, device="meta") if masked else None
+    part = operator.bind(q, k, v, GRIDS, mask)(form)
     assert part.out.shape == (2, 3, 60, 8)
     assert part.lse.shape == (2, 3, 60)
 
 
-def test_the_other_operators_run_where_no_value_can_be_read():
+def test_partials_join_where_no_value_can_be_read():
     q, k, v = (torch.empty(2, 3, 60, 8, device="meta") for _ in range(3))
-    mask = torch.empty(2, 60, dtype=torch.bool, device="meta")
-    index = torch.empty(9, dtype=torch.int64, device="meta")
-    parts = [
-        softmax_attention(q, k, v, key_mask=mask),
-        kernel_regression(q, k, v, key_mask=mask),
-        landmark_attention(q, k, v, index, key_mask=mask),
-    ]
-    assert isinstance(merge_partials(*parts), Partial)
+    part = softmax_attention(q, k, v, key_mask=torch.empty(2, 60, dtype=torch.bool, device="meta"))
+    assert isinstance(merge_partials(part, part), Partial)
+
+
+def test_every_operator_is_in_the_list_of_operators(operators):
+    public = {name for name in attn_kernels.__all__ if name.endswith(("_attention", "_attention_2d", "_regression"))}
+    measures = {"softmax_attention", "sampled_attention", "probed_attention"}
+    assert public - measures == {operator.function for operator in operators}
+
+
+def test_every_operator_keeps_quiet_about_a_form_it_lacks(operators):
+    q, k, v = (torch.ones(1, 1, 60, 8) for _ in range(3))
+    for operator in operators:
+        for missing in {"reference", "blocked", "fused"} - set(operator.impls):
+            with pytest.raises(ValueError, match="has no impl"):
+                operator.bind(q, k, v, GRIDS, None)(missing)
 
 
 def test_importing_needs_no_triton():

@@ -3,6 +3,7 @@ import torch
 from attn_kernels import NearFarConfig, NearFarCorrections, TokenGrid, near_far_attention, select_tiles
 from attn_kernels.near_far import api as module
 from attn_kernels.testing import assert_close, make_qkv
+from attn_kernels.triton_support import interpreted
 
 GRID = TokenGrid(6, 8, 8)
 CONFIG = NearFarConfig(2, 1, 2)
@@ -105,8 +106,43 @@ def test_blocked_refuses_what_it_cannot_do():
     chosen = select_tiles(q, k, grids=[GRID], config=CONFIG)
     with pytest.raises(ValueError, match="query_positions"):
         run(q, k, v, selection=chosen, query_positions=torch.arange(70), impl="blocked")
-    with pytest.raises(ValueError, match="no impl 'fused'"):
-        run(q, k, v, impl="fused")
+
+
+def test_fused_refuses_what_it_cannot_do():
+    q, k, v = make_qkv(1, 2, 70, 8)
+    with pytest.raises(ValueError, match="impl 'fused' cannot run here: it has no gradient"):
+        run(q.clone().requires_grad_(), k, v, impl="fused")
+    chosen = select_tiles(q, k, grids=[GRID], config=CONFIG)
+    with pytest.raises(ValueError, match="query_positions names some"):
+        run(q, k, v, selection=chosen, query_positions=torch.arange(70), impl="fused")
+    if interpreted():
+        with pytest.raises(ValueError, match=r"float32 at most, got torch\.float64"):
+            run(q.double(), k.double(), v.double(), impl="fused")
+        with pytest.raises(ValueError, match="top_k up to 128, got 129"):
+            run(q, k, v, config=NearFarConfig(2, 1, 129), impl="fused")
+        wide = make_qkv(1, 1, 70, 257)
+        with pytest.raises(ValueError, match="head widths up to 256, got 257"):
+            run(*wide, impl="fused")
+
+
+def test_fused_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"CUDA tensors|not installed"):
+        run(*make_qkv(1, 2, 70, 8), impl="fused")
+
+
+def test_auto_takes_the_kernels_where_they_can_run(monkeypatch):
+    pytest.importorskip("triton")
+    from attn_kernels.near_far import fused
+
+    ran = []
+    monkeypatch.setattr(module, "refuse_fused", lambda *_: None)
+    monkeypatch.setattr(fused, "near_far_fused", lambda *a, **o: ran.append(o["config"]))
+    q, k, v = make_qkv(1, 2, 70, 8)
+    run(q, k, v)
+    assert ran == [CONFIG]
+    run(q.requires_grad_(), k, v)
+    assert len(ran) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from attn_kernels.kernel_regression.normaliser import drop_empty_rows
 from attn_kernels.partial import Partial
 
 CHUNK = 1024
@@ -36,7 +37,7 @@ def kernel_regression_reference(
     if not outs:
         batch, heads = phi_q.shape[:2]
         return Partial(v.new_zeros(batch, heads, 0, v.shape[-1]), state.new_zeros(batch, heads, 0))
-    return Partial(torch.cat(outs, dim=2), torch.cat(lses, dim=2))
+    return drop_empty_rows(Partial(torch.cat(outs, dim=2), torch.cat(lses, dim=2)), key_mask)
 
 
 def _accumulate(

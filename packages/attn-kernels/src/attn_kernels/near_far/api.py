@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attn_kernels.checks import check_key_mask, check_qkv, resolve_scale
+from attn_kernels.checks import FLOAT_DTYPES, check_key_mask, check_qkv, resolve_scale
 from attn_kernels.grid import TokenGrid
 from attn_kernels.impl import Impl, resolve_impl
 from attn_kernels.near_far.blocked import near_far_blocked
@@ -13,8 +13,13 @@ from attn_kernels.near_far.reference import near_far_reference
 from attn_kernels.near_far.selection import drop_repeats, select_tiles
 from attn_kernels.near_far.tiles import NearFarConfig, NearFarCorrections, check_grids, near_tiles, tile_total
 from attn_kernels.partial import Partial
+from attn_kernels.triton_support import refuse_fused
 
 _DEFAULT_CONFIG = NearFarConfig()
+_FUSED_WIDTH = 256
+"""Widest heads of the kernels."""
+_FUSED_TOP_K = 128
+"""Most chosen tiles of the kernels."""
 
 
 def near_far_attention(
@@ -55,8 +60,9 @@ def near_far_attention(
             none. A near tile or a repeated one counts once. ``None`` = chosen here by ``select_tiles``.
         query_positions: ``[Nq]`` int64, the positions of the rows of q among the keys, for training on sampled
             queries; ``None`` = all of them, ``Nq = Nk``.
-        impl: ``"blocked"`` (fast, memory linear in N), ``"reference"`` (differentiable, quadratic memory), or
-            ``"auto"``: blocked unless a gradient is wanted or ``query_positions`` is given.
+        impl: ``"fused"`` (Triton kernels, on CUDA), ``"blocked"`` (torch, memory linear in N), ``"reference"``
+            (differentiable, quadratic memory), or ``"auto"``: the first of these that can run; the reference where a
+            gradient is wanted or ``query_positions`` is given.
 
     Returns:
         ``Partial`` with ``out`` ``[B, H, Nq, Dv]`` in the dtype of ``v`` and float32 (or float64) ``lse``.
@@ -72,19 +78,56 @@ def near_far_attention(
     _check_selection(q, grids, config, selection)
     if config.top_k == 0:
         selection = None
-    elif selection is not None:
-        selection = drop_repeats(selection, near_tiles(grids, config.tile_shape, config.radius, q.device))
-    elif query_positions is None:
-        selection = select_tiles(q, k, grids=grids, config=config, scale=scale, key_mask=key_mask)
-    else:
+    elif selection is None and query_positions is not None:
         raise ValueError(
             "query_positions needs a selection when top_k > 0, because tiles are chosen by the queries of all tokens; "
             "pass selection=select_tiles(all_q, k, ...)"
         )
-    blocked_refusal = _refuse_blocked((q, k, v, *(corrections or ())), query_positions)
-    chosen = resolve_impl(impl, {Impl.BLOCKED: blocked_refusal, Impl.REFERENCE: None})
     scale = resolve_scale(scale, q.shape[-1])
-    if chosen is Impl.BLOCKED:
+    tensors = (q, k, v, *(corrections or ()))
+    torch_refusal = _refuse_inference(tensors, query_positions)
+    fused_refusal = torch_refusal or refuse_fused(impl, *tensors) or _refuse_shapes(q, v, config)
+    refusals = {Impl.FUSED: fused_refusal, Impl.BLOCKED: torch_refusal, Impl.REFERENCE: None}
+    chosen = resolve_impl(impl, refusals)
+    if chosen is Impl.FUSED:
+        from attn_kernels.near_far.fused import near_far_fused
+
+        return near_far_fused(
+            q,
+            k,
+            v,
+            grids=grids,
+            config=config,
+            scale=scale,
+            key_mask=key_mask,
+            corrections=corrections,
+            selection=selection,
+        )
+    if selection is not None:
+        selection = drop_repeats(selection, near_tiles(grids, config.tile_shape, config.radius, q.device))
+    elif config.top_k > 0:
+        selection = select_tiles(q, k, grids=grids, config=config, scale=scale, key_mask=key_mask)
+    return _attend_in_torch(
+        q, k, v, grids, config, scale, key_mask, corrections, selection, query_positions, blocked=chosen is Impl.BLOCKED
+    )
+
+
+def _attend_in_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grids: tuple[TokenGrid, ...],
+    config: NearFarConfig,
+    scale: float,
+    key_mask: Tensor | None,
+    corrections: NearFarCorrections | None,
+    selection: Tensor | None,
+    query_positions: Tensor | None,
+    *,
+    blocked: bool,
+) -> Partial:
+    """Run the blocked form or the reference; arguments as in ``near_far_attention``, checked and resolved."""
+    if blocked:
         return near_far_blocked(
             q,
             k,
@@ -110,12 +153,23 @@ def near_far_attention(
     )
 
 
-def _refuse_blocked(tensors: Sequence[Tensor], query_positions: Tensor | None) -> str | None:
-    """Say why the blocked form cannot run, or ``None``."""
+def _refuse_inference(tensors: Sequence[Tensor], query_positions: Tensor | None) -> str | None:
+    """Say why the forms without a gradient cannot run, or ``None``."""
     if query_positions is not None:
         return "it needs the queries of all tokens, and query_positions names some"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "it has no gradient and an input requires one; use the reference, or torch.no_grad()"
+    return None
+
+
+def _refuse_shapes(q: Tensor, v: Tensor, config: NearFarConfig) -> str | None:
+    """Say why the kernels cannot take inputs of this kind, or ``None``."""
+    if q.dtype not in FLOAT_DTYPES:
+        return f"the kernels compute in float32 at most, got {q.dtype}; use the blocked form"
+    if max(q.shape[-1], v.shape[-1]) > _FUSED_WIDTH:
+        return f"the kernels take head widths up to {_FUSED_WIDTH}, got {q.shape[-1]} and {v.shape[-1]}"
+    if config.top_k > _FUSED_TOP_K:
+        return f"the kernels take top_k up to {_FUSED_TOP_K}, got {config.top_k}"
     return None
 
 

@@ -1,0 +1,58 @@
+"""Stored block sizes of the window kernels."""
+
+from dataclasses import dataclass
+
+import torch
+
+from attn_kernels.targets import Target
+
+
+@dataclass(frozen=True)
+class WindowLaunch:
+    """How a window kernel is cut and launched.
+
+    Attributes:
+        rows: Rows of a rectangle of queries (2-D).
+        columns: Columns of that rectangle; ``rows * columns`` queries belong to a program, in 1-D too.
+        keys: Keys handled at a time.
+        warps: Warps of a program.
+        stages: Key blocks in flight.
+    """
+
+    rows: int
+    columns: int
+    keys: int
+    warps: int
+    stages: int
+
+    @property
+    def queries(self) -> int:
+        """Queries of a program."""
+        return self.rows * self.columns
+
+
+def window_launch(target: Target, dtype: torch.dtype, width: int, masked: bool) -> WindowLaunch:
+    """Return the stored configuration.
+
+    Args:
+        target: Architecture.
+        dtype: Dtype of the queries.
+        width: The wider of keys and values, a power of two.
+        masked: Whether there is a key mask.
+    """
+    if dtype is torch.float32:
+        # Products in full float32 run on the ordinary cores, which keep whole operands in registers.
+        if width > 128:
+            return WindowLaunch(4, 4, 16, 8 if target == "sm80" else 4, 1)
+        return WindowLaunch(4, 8, 16, 8, 1) if width > 64 else WindowLaunch(4, 8, 32, 4, 1)
+    if target == "gfx942":
+        return WindowLaunch(8, 16, 32, 8, 1) if width <= 128 else WindowLaunch(8, 8, 32, 4, 1)
+    if width > 128:
+        return WindowLaunch(8, 8, 32, 8, 2)
+    if target == "sm100":
+        return WindowLaunch(8, 16, 64, 8, 3)
+    if target in ("sm80", "sm90"):
+        # The test of every pair and the mask of the keys leave few registers for 64 keys.
+        narrow = width > 64 and (masked or target == "sm80")
+        return WindowLaunch(8, 16, 32 if narrow else 64, 8, 3)
+    return WindowLaunch(8, 16, 64 if width <= 64 else 32, 8, 2)
