@@ -4,8 +4,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from types import SimpleNamespace
 
+import attn_dispatch
 import pytest
 import torch
 from attn_dispatch import default
@@ -271,3 +273,25 @@ def test_importing_loads_nothing_heavy_and_decides_nothing() -> None:
     ours = [name for name in loaded if name.partition(".")[0] in ("attn_dispatch", "attn_kernels")]
     # A few modules of the standard library come with them; none of the packages that dispatch is about.
     assert len(loaded) - len(ours) <= 30, sorted(set(loaded) - set(ours))
+
+
+def test_importing_the_package_alone_reads_no_other_module() -> None:
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import attn_dispatch\n"
+        "print('\\n'.join(sorted(set(sys.modules) - before)))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.split() == ["attn_dispatch"]
+
+
+def test_every_public_name_is_found_and_no_other() -> None:
+    for module, names in attn_dispatch._HOMES.items():
+        for name in names:
+            assert getattr(attn_dispatch, name) is getattr(import_module(f"attn_dispatch.{module}"), name)
+    assert sorted(name for names in attn_dispatch._HOMES.values() for name in names) == attn_dispatch.__all__
+    assert attn_dispatch.__all__ == sorted(attn_dispatch.__all__)
+    assert set(attn_dispatch.__all__) <= set(dir(attn_dispatch))
+    with pytest.raises(AttributeError, match="no attribute 'dispatch'"):
+        _ = attn_dispatch.dispatch

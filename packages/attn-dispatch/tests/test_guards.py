@@ -1,6 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from attn_dispatch import AttentionCall, LayerKey, LayerRange, MinTokens, SigmaBelow, StepContext
+from attn_dispatch import AttentionCall, LayerKey, LayerRange, MinTokens, SigmaBelow, StepContext, TokenLayout
+from attn_dispatch.backends import NearFarBackend, TaylorBackend, TaylorBackendConfig
+from attn_dispatch.guards import PaysOff
+from attn_kernels import NearFarConfig, TokenGrid
+from attn_kernels.cost import AttentionShape, exact_work, taylor_work
+from attn_kernels.device_model import DeviceModel, Work
 
 
 def make_call(layer: LayerKey | None = None, sigma: float | None = None, keys: int = 4) -> AttentionCall:
@@ -76,3 +83,87 @@ def test_an_impossible_sigma_limit_is_refused(limit: float) -> None:
 def test_min_tokens_must_be_positive() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         MinTokens(0)
+
+
+# One operation, value or exponential a nanosecond, whatever the dtype; half the rates for what is not exact attention.
+PLAIN = DeviceModel(
+    name="plain",
+    source="made up",
+    flops={"float32": 1e9, "bfloat16": 4e9},
+    exponentials=1e30,
+    products=1e30,
+    bandwidth=1e30,
+    launch_seconds=0.0,
+    overlaps=False,
+    efficiency={"exact": 1.0, "other": 0.5},
+)
+
+
+def flops(count: float, operator: str = "ours") -> Work:
+    return Work(operator, count, 0.0, 0.0, 0.0, 1)
+
+
+def test_a_call_pays_off_below_the_time_of_exact_attention() -> None:
+    call = make_call(keys=100)
+    exact = exact_work(AttentionShape.of(call.q, call.k, call.v)).flops
+    assert PaysOff(lambda call: flops(0.49 * exact), model=PLAIN)(call) is None
+    reason = PaysOff(lambda call: flops(0.51 * exact), model=PLAIN)(call)
+    assert reason == "predicted 0.98 times as fast as exact attention at 100 keys"
+    assert PaysOff(lambda call: flops(0.5 * exact), model=PLAIN)(call) is not None
+
+
+def test_more_than_break_even_can_be_asked_for() -> None:
+    call = make_call(keys=100)
+    exact = exact_work(AttentionShape.of(call.q, call.k, call.v)).flops
+    assert PaysOff(lambda call: flops(0.2 * exact), speed_up=2.4, model=PLAIN)(call) is None
+    reason = PaysOff(lambda call: flops(0.2 * exact), speed_up=2.6, model=PLAIN)(call)
+    assert reason == "predicted 2.5 times as fast as exact attention at 100 keys, 2.6 are asked for"
+
+
+def test_estimates_are_kept_per_size_work_and_dtype() -> None:
+    guard = PaysOff(lambda call: flops(1e3 if call.layer is None else 1e9), model=PLAIN)
+    call = make_call(keys=100)
+    first, other = guard.estimate(call), guard.estimate(replace(call, layer=LayerKey("single", 0)))
+    assert guard.estimate(call) is first
+    assert other is not first
+    assert first is not None
+    assert other is not None
+    assert other.seconds > first.seconds
+    half = replace(call, q=call.q.bfloat16(), k=call.k.bfloat16(), v=call.v.bfloat16())
+    halved = guard.estimate(half)
+    assert halved is not None
+    assert halved.exact_seconds == pytest.approx(first.exact_seconds / 4)
+    longer = guard.estimate(make_call(keys=200))
+    assert longer is not None
+    assert longer.exact_seconds == pytest.approx(2 * first.exact_seconds)
+
+
+def test_what_costs_nobody_knows_does_not_pay_off() -> None:
+    assert PaysOff(lambda call: None, model=PLAIN)(make_call()) == "the cost of this call is not known"
+
+
+def test_the_stored_model_of_the_device_answers_by_default() -> None:
+    guard = PaysOff(TaylorBackend(TaylorBackendConfig.recommended()).work)
+    short, long = torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 1, 64).expand(1, 1, 400_000, 64)
+    assert guard(AttentionCall(short, short, short)) is not None
+    assert guard(AttentionCall(long, long, long)) is None
+
+
+def test_backends_say_what_their_calls_take() -> None:
+    layout = TokenLayout(1029, ((0, 5),), (TokenGrid(5, 32, 32),))
+    x = torch.zeros(1, 2, 1029, 16)
+    call = AttentionCall(x, x, x, layout=layout)
+    small, large = (NearFarBackend(NearFarConfig(tile=4, radius=radius, top_k=0)).work(call) for radius in (0, 2))
+    assert small is not None
+    assert large is not None
+    assert small.flops < large.flops < exact_work(AttentionShape.of(x, x, x)).flops
+    assert NearFarBackend().work(replace(call, layout=None)) is None
+    assert NearFarBackend(None).work(call) is None
+    config = TaylorBackendConfig(P=3, sub_head_blocks=2)
+    assert TaylorBackend(config).work(call) == taylor_work(AttentionShape.of(x, x, x), terms=3, blocks=2)
+
+
+@pytest.mark.parametrize("speed_up", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_impossible_speed_up_is_refused(speed_up: float) -> None:
+    with pytest.raises(ValueError, match="speed_up"):
+        PaysOff(lambda call: None, speed_up=speed_up)

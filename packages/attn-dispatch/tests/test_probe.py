@@ -3,7 +3,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attn_dispatch import AttentionCall, FidelityProbe, LayerKey, NativeAttention, SdpaMode, StepContext
+from attn_dispatch import (
+    AttentionCall,
+    AttentionRouter,
+    FidelityProbe,
+    FidelityRow,
+    LayerKey,
+    NativeAttention,
+    Route,
+    SdpaMode,
+    StepContext,
+)
 from attn_dispatch.testing import RecordingHandler
 from torch import Tensor
 from torch.nn import functional
@@ -192,6 +202,65 @@ def test_it_works_across_inference_mode_and_a_masked_host() -> None:
     (row,) = probe.rows()
     assert row.calls == 2
     assert 0.01 < row.relative_l2 < 1
+
+
+class Normalising:
+    """Exact attention of normalised queries and keys, but over the first keys only."""
+
+    name = "normalising"
+
+    def __init__(self, keys: int) -> None:
+        self.keys = keys
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        return None
+
+    def effective(self, call: AttentionCall) -> AttentionCall:
+        return replace(call, q=2 * functional.normalize(call.q, dim=-1), k=2 * functional.normalize(call.k, dim=-1))
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        meant = self.effective(call)
+        return functional.scaled_dot_product_attention(meant.q, meant.k[:, :, : self.keys], meant.v[:, :, : self.keys])
+
+
+@pytest.mark.parametrize("n_queries", [None, 16])
+def test_changed_scores_are_measured_apart_from_the_approximation(n_queries: int | None) -> None:
+    def measure(keys: int) -> FidelityRow:
+        probe = FidelityProbe(AttentionRouter([Route(Normalising(keys))]), n_queries=n_queries)
+        for _ in range(40):
+            probe(make_call(), Native())
+        probe.end_run()
+        return probe.rows()[0]
+
+    backend, call = Normalising(40), make_call()
+    raw = expected_distances(backend(call), Native()(call))
+    effective = expected_distances(backend(call), Native()(backend.effective(call)))
+    row = measure(40)
+    tolerance = 1e-4 if n_queries is None else 0.1
+    assert (row.cosine_distance, row.relative_l2) == pytest.approx(raw, rel=tolerance)
+    assert (row.effective_cosine_distance, row.effective_relative_l2) == pytest.approx(effective, rel=tolerance)
+    assert abs(row.relative_l2 - row.effective_relative_l2) > 0.05
+    exact = measure(N)
+    assert exact.effective_relative_l2 < 1e-5
+    assert exact.relative_l2 > 0.1
+
+
+def test_a_backend_that_leaves_the_scores_alone_has_one_quality() -> None:
+    probe = FidelityProbe(FirstKeys(40), n_queries=None)
+    probe(make_call(), Native())
+    probe.end_run()
+    (row,) = probe.rows()
+    assert (row.effective_cosine_distance, row.effective_relative_l2) == (row.cosine_distance, row.relative_l2)
+    assert row.relative_l2 > 0.05
+
+
+def test_the_probe_passes_on_the_end_of_a_step() -> None:
+    class Repeating(FirstKeys):
+        def end_step(self) -> bool:
+            return True
+
+    assert FidelityProbe(Repeating(3)).end_step()
+    assert not FidelityProbe(FirstKeys(3)).end_step()
 
 
 def test_n_queries_must_be_positive() -> None:

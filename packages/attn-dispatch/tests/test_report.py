@@ -5,7 +5,15 @@ from typing import Any, cast
 
 import pytest
 import torch
-from attn_dispatch import AttentionCall, AttentionRouter, DispatchReport, LayerKey, StepContext
+from attn_dispatch import (
+    AttentionCall,
+    AttentionFallback,
+    AttentionRouter,
+    DispatchReport,
+    LayerKey,
+    Route,
+    StepContext,
+)
 from torch import Tensor
 
 
@@ -60,6 +68,41 @@ def test_the_dictionary_is_json() -> None:
     assert read["rows"][0] == {"layer": None, "sigma": None, "ran": "native", "count": 1, "milliseconds": 1.5}
     assert read["rows"][1]["layer"] == "single:3"
     assert read["attention_seconds"] == pytest.approx(0.002)
+
+
+def test_declines_of_one_kind_are_one_line() -> None:
+    report = DispatchReport()
+    for sigma in (0.9, 0.8, 1e-05):
+        for layer in (3, 4):
+            report.decline(make_call(), "a", f"sigma {sigma:.4g} is not below 0.5 in layer single:{layer}")
+    report.decline(make_call(), "b", "21 keys are fewer than 64")
+    report.decline(make_call(), "b", "out of memory")
+    assert len(report.declines()) == 8
+    assert report.decline_kinds() == {
+        "sigma … is not below 0.5 in layer single:…": 6,
+        "21 keys are fewer than 64": 1,
+        "out of memory": 1,
+    }
+
+
+class Declining:
+    name = "declining"
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        return None
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        raise AttentionFallback("denominator below eps")
+
+
+def test_a_declined_route_counts_one_reason_and_a_fallback_one() -> None:
+    guards = (lambda call: None, lambda call: "first", lambda call: "second")
+    router = AttentionRouter([Route(Declining(), guards), Route(Declining()), Route(Declining(), guards)])
+    for _ in range(3):
+        router(make_call(), lambda call: call.v)
+    # The fallback ends the asking: the third route is not reached.
+    assert router.report.declines() == {"first": 3, "denominator below eps": 3}
+    assert router.report.counts() == {"native": 3}
 
 
 def test_memory_is_bounded_and_totals_stay_complete() -> None:

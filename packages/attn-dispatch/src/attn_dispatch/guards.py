@@ -6,12 +6,19 @@ A guard reads only what the call says about itself, never tensor values, and ans
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+from attn_kernels.cost import AttentionShape, Estimate, pays_off
+from attn_kernels.device_model import DeviceModel, Work
 
 from attn_dispatch.call import AttentionCall, LayerKey
 
 NO_LAYER = "the host does not name the layer"
 NO_SIGMA = "the host does not tell the noise level"
+
+_MOST_ESTIMATES = 4096
 
 
 @dataclass(frozen=True)
@@ -99,3 +106,63 @@ class MinTokens:
         """Return why the call is too small, or ``None``."""
         keys = call.k.shape[2]
         return None if keys >= self.tokens else f"{keys} keys are fewer than {self.tokens}"
+
+
+class PaysOff:
+    """Allow calls that the cost model predicts to be faster than exact attention.
+
+    A prediction of times, not of fidelity, and no better than the model's rates: its reason says how far off break-even
+    the call is, ``estimate(call).source`` where the rates come from.
+
+    Args:
+        work: What the backend would do in a call, ``None`` = not known: the ``work`` method of a backend.
+        speed_up: Smallest predicted speed-up allowed; 1 = break-even, itself not allowed.
+        model: Rates of the device; the stored model of the call's device if ``None``.
+
+    Raises:
+        ValueError: ``speed_up`` is not a positive number.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[AttentionCall], Work | None],
+        *,
+        speed_up: float = 1.0,
+        model: DeviceModel | None = None,
+    ) -> None:
+        if not math.isfinite(speed_up) or speed_up <= 0:
+            raise ValueError(f"speed_up must be a positive number, got {speed_up}")
+        self.work = work
+        self.speed_up = speed_up
+        self.model = model
+        self._estimates: dict[tuple[Work, AttentionShape, torch.dtype, torch.device], Estimate] = {}
+
+    def estimate(self, call: AttentionCall) -> Estimate | None:
+        """Predict the times of the backend and of exact attention; ``None`` if the work is not known."""
+        work = self.work(call)
+        if work is None:
+            return None
+        shape = AttentionShape.of(call.q, call.k, call.v)
+        key = (work, shape, call.q.dtype, call.q.device)
+        known = self._estimates.get(key)
+        if known is None:
+            device = call.q.device if self.model is None else self.model
+            known = pays_off(work, shape, dtype=call.q.dtype, device=device)
+            if len(self._estimates) >= _MOST_ESTIMATES:
+                self._estimates.clear()
+            self._estimates[key] = known
+        return known
+
+    def __call__(self, call: AttentionCall) -> str | None:
+        """Return why the call does not pay off, or ``None``.
+
+        Raises:
+            ValueError: The model has no rate for the call's dtype.
+        """
+        found = self.estimate(call)
+        if found is None:
+            return "the cost of this call is not known"
+        if found.speed_up > self.speed_up:
+            return None
+        tokens, need = call.k.shape[2], "" if self.speed_up == 1.0 else f", {self.speed_up:.3g} are asked for"
+        return f"predicted {found.speed_up:.2g} times as fast as exact attention at {tokens} keys{need}"

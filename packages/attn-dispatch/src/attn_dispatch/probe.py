@@ -13,6 +13,9 @@ from attn_dispatch.call import AttentionCall, AttentionHandler, LayerKey, Native
 
 _Key = tuple[LayerKey | None, float | None]
 
+# The four distances of a row, before anything was measured.
+_NOTHING = (0.0, 0.0, 0.0, 0.0)
+
 
 @dataclass(frozen=True)
 class FidelityRow:
@@ -25,6 +28,9 @@ class FidelityRow:
         exact: How many of them returned what ``native`` gave, at distance zero.
         cosine_distance: ``1 - cos`` per query and head, mean over queries, heads and calls.
         relative_l2: ``|output - native| / |native|`` over the sampled queries of a call, mean over calls.
+        effective_cosine_distance: As ``cosine_distance``, from the exact attention of the scores that the backend
+            means to compute; equal to it where the backend leaves the scores alone.
+        effective_relative_l2: As ``relative_l2``, likewise.
     """
 
     layer: LayerKey | None
@@ -33,6 +39,8 @@ class FidelityRow:
     exact: int
     cosine_distance: float
     relative_l2: float
+    effective_cosine_distance: float
+    effective_relative_l2: float
 
 
 class FidelityProbe:
@@ -41,6 +49,11 @@ class FidelityProbe:
     Native attention is computed for the sampled queries only, or taken over where the wrapped handler asked for the
     whole call itself. Sums stay on the device and are read in ``end_run``. Put the probe around a router, not inside
     a route: its cost is then not part of the router's report.
+
+    A backend that changes the scores before it approximates them, e.g. by normalising queries and keys, errs twice.
+    If it has ``effective(call) -> AttentionCall``, the call with the changed scores, the probe measures both on the
+    same queries: the distance from unmodified attention, and from the exact attention of the changed scores. The
+    backend is the one that a router names in ``answered``.
 
     Args:
         handler: Who answers.
@@ -67,7 +80,7 @@ class FidelityProbe:
         self.enabled = enabled
         self._generator = torch.Generator().manual_seed(0) if generator is None else generator
         self._pending: dict[_Key, Tensor] = {}
-        self._sums: dict[_Key, tuple[float, float]] = {}
+        self._sums: dict[_Key, list[float]] = {}
         self._calls: Counter[_Key] = Counter()
         self._exact: Counter[_Key] = Counter()
 
@@ -105,9 +118,8 @@ class FidelityProbe:
             self.handler.end_run()
         finally:
             for key, total in self._pending.items():
-                cosine, relative = total.tolist()
-                before = self._sums.get(key, (0.0, 0.0))
-                self._sums[key] = (before[0] + cosine, before[1] + relative)
+                before = self._sums.get(key, _NOTHING)
+                self._sums[key] = [old + new for old, new in zip(before, total.tolist(), strict=True)]
             self._pending.clear()
 
     def clear(self) -> None:
@@ -119,8 +131,8 @@ class FidelityProbe:
         """Distances by layer and noise level, in order of first appearance; complete after ``end_run``."""
         rows = []
         for key, calls in self._calls.items():
-            cosine, relative = self._sums.get(key, (0.0, 0.0))
-            rows.append(FidelityRow(*key, calls, self._exact[key], cosine / calls, relative / calls))
+            means = [total / calls for total in self._sums.get(key, _NOTHING)]
+            rows.append(FidelityRow(*key, calls, self._exact[key], *means))
         return rows
 
     def to_dict(self) -> dict[str, object]:
@@ -130,19 +142,36 @@ class FidelityProbe:
             "rows": [{**asdict(row), "layer": None if row.layer is None else str(row.layer)} for row in self.rows()],
         }
 
+    def end_step(self) -> bool:
+        """Pass on that a model call is over; True = make the call again."""
+        end_step = getattr(self.handler, "end_step", None)
+        return end_step is not None and bool(end_step())
+
     def _measure(self, output: Tensor, target: Tensor | None, call: AttentionCall, native: NativeAttention) -> Tensor:
-        """Return ``[cosine distance, relative L2]`` of this call on the device, in float32."""
+        """Return the four distances of a row for this call, on the device and in float32."""
         queries = call.q.shape[2]
+        index: Tensor | None = None
         if self.n_queries is not None and self.n_queries < queries:
             drawn = torch.randperm(queries, generator=self._generator, device=self._generator.device)
             index = drawn[: self.n_queries].to(output.device, non_blocking=True)
             output = output.index_select(2, index)
-            if target is not None:
-                target = target.index_select(2, index)
-            else:
-                bias = call.attn_bias
-                if bias is not None and bias.ndim >= 2 and bias.shape[-2] > 1:
-                    bias = bias.index_select(bias.ndim - 2, index)
-                call = replace(call, q=call.q.index_select(2, index), attn_bias=bias)
-        exact = native(call) if target is None else target
-        return torch.stack([cosine_distance(output, exact).mean(), relative_l2(output, exact)]).float()
+        exact = native(_of_queries(call, index)) if target is None else target
+        if target is not None and index is not None:
+            exact = target.index_select(2, index)
+        raw = [cosine_distance(output, exact).mean(), relative_l2(output, exact)]
+        effective = getattr(getattr(self.handler, "answered", None), "effective", None)
+        meant = call if effective is None else effective(call)
+        if meant is not call:
+            exact = native(_of_queries(meant, index))
+            raw += [cosine_distance(output, exact).mean(), relative_l2(output, exact)]
+        return torch.stack((raw * 2)[:4]).float()
+
+
+def _of_queries(call: AttentionCall, index: Tensor | None) -> AttentionCall:
+    """The call with these queries ``[n]`` only, ``None`` = all."""
+    if index is None:
+        return call
+    bias = call.attn_bias
+    if bias is not None and bias.ndim >= 2 and bias.shape[-2] > 1:
+        bias = bias.index_select(bias.ndim - 2, index)
+    return replace(call, q=call.q.index_select(2, index), attn_bias=bias)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
 
 from attn_dispatch.call import AttentionCall, LayerKey
+
+# One group, so that ``split`` gives words and numbers in turn.
+_NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)")
 
 _RowKey = tuple[LayerKey | None, float | None, str]
 
@@ -45,6 +49,16 @@ class Mark(NamedTuple):
     event: torch.cuda.Event | None
 
 
+class _Sum:
+    """Calls and milliseconds of one row."""
+
+    __slots__ = ("count", "spent")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.spent = 0.0
+
+
 class DispatchReport:
     """Counts attention calls by layer, noise level and backend, over all runs until ``clear``.
 
@@ -68,9 +82,9 @@ class DispatchReport:
         self.max_reasons = max_reasons
         self.max_pending = max_pending
         self.runs = 0
-        self._rows: dict[_RowKey, tuple[int, float]] = {}
+        self._rows: dict[_RowKey, _Sum] = {}
         self._declines: dict[tuple[str, str], int] = {}
-        self._pending: deque[tuple[_RowKey, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._pending: deque[tuple[_Sum, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def begin_run(self) -> None:
         """Count a run; figures of earlier runs are kept."""
@@ -122,7 +136,7 @@ class DispatchReport:
 
     def rows(self) -> list[DispatchRow]:
         """What ran, in order of first appearance; device times are complete after ``end_run``."""
-        return [DispatchRow(*key, count, spent) for key, (count, spent) in self._rows.items()]
+        return [DispatchRow(*key, row.count, row.spent) for key, row in self._rows.items()]
 
     def declines(self) -> dict[str, int]:
         """How often each reason kept a backend from answering, most frequent first."""
@@ -131,16 +145,34 @@ class DispatchReport:
             totals[reason] = totals.get(reason, 0) + count
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
+    def decline_kinds(self) -> dict[str, int]:
+        """``declines`` with sentences that differ in their numbers alone counted as one, most frequent first.
+
+        Numbers in which they differ stand as ``…``: twenty steps above a sigma limit are one line.
+        """
+        kinds: dict[tuple[str, ...], list[list[str]]] = {}
+        counts: Counter[tuple[str, ...]] = Counter()
+        for reason, count in self.declines().items():
+            parts = _NUMBER.split(reason)
+            words = tuple(parts[::2])
+            counts[words] += count
+            kinds.setdefault(words, []).append(parts)
+        found: Counter[str] = Counter()
+        for words, sentences in kinds.items():
+            columns = zip(*sentences, strict=True)
+            found["".join(same[0] if len(set(same)) == 1 else "…" for same in columns)] += counts[words]
+        return dict(found.most_common())
+
     def counts(self) -> dict[str, int]:
         """How many calls each backend, or ``"native"``, answered."""
         totals: dict[str, int] = {}
-        for (_, _, ran), (count, _) in self._rows.items():
-            totals[ran] = totals.get(ran, 0) + count
+        for (_, _, ran), row in self._rows.items():
+            totals[ran] = totals.get(ran, 0) + row.count
         return totals
 
     def attention_seconds(self) -> float:
         """Seconds spent in attention; complete after ``end_run``."""
-        return sum(spent for _, spent in self._rows.values()) / 1e3
+        return sum(row.spent for row in self._rows.values()) / 1e3
 
     def to_dict(self) -> dict[str, object]:
         """Everything counted, as values that ``json`` can write."""
@@ -155,19 +187,22 @@ class DispatchReport:
             ],
         }
 
-    def _add(self, call: AttentionCall, ran: str, milliseconds: float) -> _RowKey:
-        key: _RowKey = (call.layer, None if call.step is None else call.step.sigma, ran)
-        if key not in self._rows and len(self._rows) >= self.max_rows:
-            key = (call.layer, None, ran)
-        count, spent = self._rows.get(key, (0, 0.0))
-        self._rows[key] = (count + 1, spent + milliseconds)
-        return key
+    def _add(self, call: AttentionCall, ran: str, milliseconds: float) -> _Sum:
+        step = call.step
+        key: _RowKey = (call.layer, None if step is None else step.sigma, ran)
+        row = self._rows.get(key)
+        if row is None:
+            if len(self._rows) >= self.max_rows:
+                key = (call.layer, None, ran)
+            row = self._rows.setdefault(key, _Sum())
+        row.count += 1
+        row.spent += milliseconds
+        return row
 
     def _read_oldest(self) -> None:
-        key, start, stop = self._pending.popleft()
+        row, start, stop = self._pending.popleft()
         stop.synchronize()
-        count, spent = self._rows[key]
-        self._rows[key] = (count, spent + start.elapsed_time(stop))
+        row.spent += start.elapsed_time(stop)
 
 
 def _event(call: AttentionCall) -> torch.cuda.Event:

@@ -54,6 +54,15 @@ class RunObserver(Protocol):
         ...
 
 
+@runtime_checkable
+class StepObserver(Protocol):
+    """A backend that wants to know when a model call ends, in hosts that tell."""
+
+    def end_step(self) -> bool:
+        """One call of the network is over; True = its result must not be used, make the call again."""
+        ...
+
+
 @dataclass(frozen=True)
 class Route:
     """A backend and what must hold before it may run.
@@ -88,6 +97,8 @@ class AttentionRouter:
     out of memory, ``native(call)`` answers, so a router whose routes all refuse is bit-equal to no router. Every
     reason is counted in the report. Any other exception passes.
 
+    ``answered`` is the backend that answered the latest call, ``None`` if that was native attention.
+
     ``begin_run`` and ``end_run`` reach the report and, once each, every backend and guard that is a ``RunObserver``;
     who that is, is settled at construction.
 
@@ -99,6 +110,10 @@ class AttentionRouter:
     def __init__(self, routes: Sequence[Route] = (), report: DispatchReport | None = None) -> None:
         self.routes = tuple(routes)
         self.report = DispatchReport() if report is None else report
+        self.answered: Backend | None = None
+        self._steps = tuple(
+            {id(one.backend): one.backend for one in self.routes if isinstance(one.backend, StepObserver)}.values()
+        )
         observers: dict[int, RunObserver] = {}
         for route in self.routes:
             for part in (route.backend, *route.guards):
@@ -127,10 +142,12 @@ class AttentionRouter:
             if reason is None:
                 _check_output(route.backend.name, output, call)
                 self.report.finish(call, route.backend.name, mark)
+                self.answered = route.backend
                 return output
             # Outside the except clause: there the traceback would keep the failed attempt's tensors alive.
             self.report.decline(call, route.backend.name, reason)
             break
+        self.answered = None
         output = native(call)
         self.report.finish(call, NATIVE, mark)
         return output
@@ -140,6 +157,13 @@ class AttentionRouter:
         self.report.begin_run()
         for observer in self._observers:
             observer.begin_run()
+
+    def end_step(self) -> bool:
+        """Tell every ``StepObserver`` that a model call is over; True = make the call again."""
+        again = False
+        for observer in self._steps:
+            again |= observer.end_step()
+        return again
 
     def end_run(self) -> None:
         """Tell every observer and the report that the run is over; one that raises does not keep it from the others."""

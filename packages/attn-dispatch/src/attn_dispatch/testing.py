@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attn_dispatch.call import AttentionCall, NativeAttention
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Attention of ``q, k, v`` ``[B, H, N, D]`` with a mask, answered with ``[B, H, Nq, Dv]``."""
 
 
 @dataclass
@@ -61,7 +65,12 @@ class TinyAttention(nn.Module):
         self.text_out = nn.Linear(width, width) if joint else None
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None, angles: Tensor, mask: Tensor | None
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        angles: Tensor,
+        mask: Tensor | None,
+        attend: Attend | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend over text and image together.
 
@@ -70,6 +79,8 @@ class TinyAttention(nn.Module):
             encoder_hidden_states: ``[B, T, C]`` text tokens of a double-stream block.
             angles: ``[T + N, head_dim / 2]`` rotary angles.
             mask: Attention mask as ``scaled_dot_product_attention`` takes it.
+            attend: Computes the attention of ``q, k, v, mask`` ``[B, H, N, D]``; ``scaled_dot_product_attention`` if
+                ``None``.
 
         Returns:
             Image and text parts; the text part is empty in a single-stream block.
@@ -80,7 +91,11 @@ class TinyAttention(nn.Module):
             words = encoder_hidden_states.shape[1]
             qkv = torch.cat([self.text_qkv(encoder_hidden_states), qkv], dim=1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        out = functional.scaled_dot_product_attention(_rotate(q, angles), _rotate(k, angles), v, attn_mask=mask)
+        q, k = _rotate(q, angles), _rotate(k, angles)
+        if attend is None:
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            out = attend(q, k, v, mask)
         out = out.transpose(1, 2).flatten(2)
         text, image = out[:, :words], out[:, words:]
         return self.to_out(image), text if self.text_out is None else self.text_out(text)
@@ -102,9 +117,12 @@ class TinyBlock(nn.Module):
         self.attn = TinyAttention(heads, head_dim, joint=joint)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
-    def forward(self, image: Tensor, text: Tensor | None, angles: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return new image ``[B, N, C]`` and text ``[B, T, C]`` tokens."""
-        image_out, text_out = self.attn(self.norm(image), None if text is None else self.norm(text), angles, mask)
+    def forward(
+        self, image: Tensor, text: Tensor | None, angles: Tensor, mask: Tensor | None, attend: Attend | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return new image ``[B, N, C]`` and text ``[B, T, C]`` tokens; arguments as ``TinyAttention.forward``."""
+        words = None if text is None else self.norm(text)
+        image_out, text_out = self.attn(self.norm(image), words, angles, mask, attend)
         image = image + image_out
         image = image + self.mlp(image)
         return image, text_out if text is None else text + text_out
@@ -181,9 +199,7 @@ class TinyDiT(nn.Module):
         words = encoder_hidden_states.shape[1]
         image = self.x_embedder(hidden_states) + self.time_embed(timestep.reshape(-1, 1, 1).to(hidden_states.dtype))
         text = self.context_embedder(encoder_hidden_states)
-        rates = 100.0 ** -torch.linspace(0, 1, self.head_dim // 4, device=image.device)
-        places = torch.cat([txt_ids, img_ids])[:, 1:3].float()
-        angles = (places[:, :, None] * rates).flatten(1).to(image.dtype)
+        angles = self.angles(torch.cat([txt_ids, img_ids])).to(image.dtype)
         for block in self.transformer_blocks:
             image, text = block(image, text, angles, mask)
         joined = torch.cat([text, image], dim=1)
@@ -191,6 +207,11 @@ class TinyDiT(nn.Module):
             joined, _ = block(joined, None, angles, mask)
         out: Tensor = self.proj_out(joined[:, words:])
         return out
+
+    def angles(self, ids: Tensor) -> Tensor:
+        """Return the rotary angles ``[N, head_dim / 2]`` of tokens with these ids ``[N, 3]``."""
+        rates = 100.0 ** -torch.linspace(0, 1, self.head_dim // 4, device=ids.device)
+        return (ids[:, 1:3].float()[:, :, None] * rates).flatten(1)
 
     def example(self, rows: int, columns: int, *, words: int = 5, batch: int = 1, seed: int = 0) -> dict[str, Tensor]:
         """Make inputs for ``forward``: random tokens, ``timestep`` 0.75 and raster ids."""

@@ -117,8 +117,12 @@ def test_native_honours_what_the_handler_changes() -> None:
 def decline_cases() -> dict[str, tuple[str, Callable[[], Tensor]]]:
     q, k, v = make_qkv()
     grouped_q, grouped_k, grouped_v = make_qkv(heads=6, kv_heads=2)
+    nested = [torch.nested.nested_tensor([x[0], x[0]], layout=torch.strided) for x in (q, k, v)]
     return {
         "3-D": ("q, k and v are not [B, H, N, D]", lambda: sdpa(q[0], k[0], v[0])),
+        "batches": ("grouped or broadcast heads", lambda: sdpa(q, k[:1], v[:1])),
+        "nested": ("nested tensors", lambda: sdpa(*nested)),
+        "causal by keyword": ("causal attention", lambda: sdpa(query=q, key=k, value=v, is_causal=True, scale=0.2)),
         "dropout": ("dropout", lambda: sdpa(q, k, v, dropout_p=0.25)),
         "causal": ("causal attention", lambda: sdpa(q, k, v, is_causal=True)),
         "grouped": ("grouped or broadcast heads", lambda: sdpa(grouped_q, grouped_k, grouped_v, enable_gqa=True)),
@@ -132,7 +136,10 @@ def test_what_a_call_cannot_express_runs_plainly_and_is_counted(name: str) -> No
     expected = ask()
     with SdpaMode(Handler(ones)) as mode:
         torch.manual_seed(7)
-        assert torch.equal(ask(), expected)
+        answer = ask()
+    if expected.is_nested:
+        answer, expected = answer.to_padded_tensor(0.0), expected.to_padded_tensor(0.0)
+    assert torch.equal(answer, expected)
     assert dict(mode.declines) == {reason: 1}
 
 
@@ -264,3 +271,30 @@ def test_a_whole_model_is_bit_equal(masked: bool) -> None:
         with SdpaMode(router):
             assert torch.equal(model(**inputs), expected)
     assert router.report.counts() == {"native": 5}
+
+
+def test_scale_mask_and_grouping_reach_native_together() -> None:
+    q, k, v = make_qkv()
+    mask = masks()["bias 4-D"]
+    handler = RecordingHandler()
+    expected = sdpa(query=q, key=k, value=v, attn_mask=mask, scale=0.2, enable_gqa=True)
+    with SdpaMode(handler):
+        assert torch.equal(sdpa(query=q, key=k, value=v, attn_mask=mask, scale=0.2, enable_gqa=True), expected)
+    (call,) = handler.calls
+    assert call.scale == 0.2
+    assert call.attn_bias is not None
+    assert torch.equal(call.attn_bias, mask)
+
+
+def test_a_compiled_model_is_caught_and_right() -> None:
+    model = TinyDiT()
+    inputs = model.example(4, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        expected = model(**inputs)
+        torch.testing.assert_close(compiled(**inputs), expected)
+        handler = RecordingHandler()
+        with SdpaMode(handler):
+            torch.testing.assert_close(compiled(**inputs), expected)
+    assert len(handler.calls) == 5

@@ -148,6 +148,8 @@ def _score_shape(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
 
 def _refusal(bound: _Arguments) -> str | None:
     q, k, v, mask = bound.q, bound.k, bound.v, bound.attn_mask
+    if q.is_nested or k.is_nested or v.is_nested:
+        return "nested tensors"
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         return "q, k and v are not [B, H, N, D]"
     if bound.dropout_p > 0:
