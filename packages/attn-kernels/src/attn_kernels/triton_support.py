@@ -1,7 +1,8 @@
 """Whether Triton kernels can run on given tensors; reads metadata only and imports nothing until it is asked."""
 
-import importlib.util
+import importlib
 import os
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -16,7 +17,22 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "y", "yes", "True")
 
 
-def refuse_fused(requested: Impl | str, *tensors: Tensor) -> str | None:
+@lru_cache(maxsize=1)
+def triton_version() -> tuple[int, int] | str:
+    """Return the major and minor version of Triton, or why it cannot be imported and what to do."""
+    try:
+        triton = importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "Triton is not installed; install triton (Linux) or triton-windows (Windows)"
+        return f"Triton cannot be imported: it needs the module {error.name}; install it"
+    except (ImportError, OSError) as error:
+        return f"Triton cannot be imported: {error}; install the version that belongs to this torch"
+    major, minor = str(triton.__version__).split(".")[:2]
+    return int(major), int(minor)
+
+
+def refuse_fused(requested: Impl | str, *tensors: Tensor, least: tuple[int, int] = (3, 2)) -> str | None:
     """Say why the fused form of an operator cannot run on these tensors, or ``None`` if it can.
 
     ``AUTO`` never takes the interpreter: it is thousands of times slower than the reference.
@@ -25,15 +41,23 @@ def refuse_fused(requested: Impl | str, *tensors: Tensor) -> str | None:
         requested: The caller's ``impl``.
         *tensors: Tensors of the call, at least one; float64 and tensors that require a gradient are the operator's
             own business.
+        least: The oldest version of Triton whose compiler takes the kernel.
 
     Returns:
         A reason that says what to do, or ``None``.
     """
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; install triton (Linux) or triton-windows (Windows)"
     kinds = {tensor.device.type for tensor in tensors}
-    if kinds == {"cuda"}:
-        return "TRITON_INTERPRET is set; unset it to run on the GPU" if interpreted() else None
-    if kinds == {"cpu"} and interpreted():
-        return "the tensors are on the CPU" if requested == Impl.AUTO else None
-    return f"Triton kernels need CUDA tensors, these are on {', '.join(sorted(kinds))}"
+    if kinds == {"cpu"} and requested == Impl.AUTO:
+        return "the tensors are on the CPU"
+    if kinds != {"cuda"} and not (kinds == {"cpu"} and interpreted()):
+        return f"Triton kernels need CUDA tensors, these are on {', '.join(sorted(kinds))}"
+    version = triton_version()
+    if isinstance(version, str):
+        return version
+    if kinds == {"cuda"} and interpreted():
+        return "TRITON_INTERPRET is set; unset it to run on the GPU"
+    if kinds == {"cuda"} and version < least:
+        return (
+            f"the compiler of Triton {version[0]}.{version[1]} cannot take it; install {least[0]}.{least[1]} or newer"
+        )
+    return None

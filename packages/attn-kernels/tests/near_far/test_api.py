@@ -136,7 +136,7 @@ def test_auto_takes_the_kernels_where_they_can_run(monkeypatch):
     from attn_kernels.near_far import fused
 
     ran = []
-    monkeypatch.setattr(module, "refuse_fused", lambda *_: None)
+    monkeypatch.setattr(module, "refuse_fused", lambda *_, **__: None)
     monkeypatch.setattr(fused, "near_far_fused", lambda *a, **o: ran.append(o["config"]))
     q, k, v = make_qkv(1, 2, 70, 8)
     run(q, k, v)

@@ -21,6 +21,9 @@ _FUSED_WIDTH = 256
 _FUSED_TOP_K = 128
 """Most chosen tiles of the kernels."""
 
+_TRITON = (3, 3)
+"""Triton 3.2's compiler aborts the process on the kernel over lists of key blocks."""
+
 
 def near_far_attention(
     q: Tensor,
@@ -86,7 +89,7 @@ def near_far_attention(
     scale = resolve_scale(scale, q.shape[-1])
     tensors = (q, k, v, *(corrections or ()))
     torch_refusal = _refuse_inference(tensors, query_positions)
-    fused_refusal = torch_refusal or refuse_fused(impl, *tensors) or _refuse_shapes(q, v, config)
+    fused_refusal = torch_refusal or refuse_fused(impl, *tensors, least=_TRITON) or _refuse_shapes(q, v, config)
     refusals = {Impl.FUSED: fused_refusal, Impl.BLOCKED: torch_refusal, Impl.REFERENCE: None}
     chosen = resolve_impl(impl, refusals)
     if chosen is Impl.FUSED:

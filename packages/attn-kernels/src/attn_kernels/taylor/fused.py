@@ -39,7 +39,7 @@ from attn_kernels.taylor.fused_kernels import (
 )
 from attn_kernels.taylor.fused_resident import WIDTH, arrange, taylor_resident_kernel
 from attn_kernels.taylor.readout import blocks_lse
-from attn_kernels.triton_support import interpreted
+from attn_kernels.triton_support import interpreted, triton_version
 
 _DTYPES = MappingProxyType({torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16})
 _STATE_BYTES = 1 << 28
@@ -329,7 +329,10 @@ def _fits_resident(tokens: _Tokens, columns: int, terms: int, count: int) -> boo
     """Whether the kernel with resident sums computes this shape; it wants all sums at once, in half precision."""
     half = tokens.turned_q.dtype in (torch.bfloat16, torch.float16)
     whole = count == taylor_feature_count(WIDTH, 4)
-    used = resident_warps(device_target(tokens.turned_q.device)) is not None
+    # It keeps its sums in tuples, which came with Triton 3.3.
+    version = triton_version()
+    known = not isinstance(version, str) and version >= (3, 3)
+    used = known and resident_warps(device_target(tokens.turned_q.device)) is not None
     return used and half and terms == 4 and tokens.width == WIDTH and columns <= WIDTH and whole
 
 
