@@ -168,16 +168,18 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_unbroken_one(finished: Path, 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+# Starting and stopping takes seconds, but many times that on a machine with other work.
+@pytest.mark.timeout(900)
 def test_ctrl_c_is_one_clear_line_and_the_run_can_go_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     code = "from ttr_controller.cli import main; main()"
     command = [sys.executable, "-c", code, "quickstart", "--out", str(folder), "--budget", "0.1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 500
         while not (folder / "students" / "LATEST").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in error
     assert "interrupted; nothing is lost" in error.splitlines()[-1]
