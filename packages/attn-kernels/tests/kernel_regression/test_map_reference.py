@@ -20,10 +20,12 @@ class LiveBytes(TorchDispatchMode):
         self.known = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        # Packed weights are opaque; they are as large as the weights.
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and not x.is_mkldnn]
+        known = {x.untyped_storage()._cdata for x in leaves}
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
+            if isinstance(x, torch.Tensor) and not x.is_mkldnn:
                 storage = x.untyped_storage()
                 if storage._cdata not in known and storage._cdata not in self.known:
                     self.known.add(storage._cdata)

@@ -59,6 +59,8 @@ def refuse_shapes(call: AttentionCall) -> str | None:
         return Reason.HEAD_DIM.because(f"heads of q and k are {q.shape[3]} and {k.shape[3]} wide")
     if k.shape[2] != v.shape[2]:
         return Reason.KV_DIM.because(f"k and v have {k.shape[2]} and {v.shape[2]} tokens")
+    if not k.shape[2]:
+        return Reason.KV_SHAPE.because("there are no keys")
     return None
 
 

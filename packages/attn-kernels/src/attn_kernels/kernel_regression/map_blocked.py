@@ -1,5 +1,7 @@
 """Attention through feature maps, arranged for speed: a few hundred tokens of one head at a time stay in the caches."""
 
+from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 
 import torch
@@ -38,10 +40,10 @@ def feature_map_blocked(
     with torch.no_grad():
         dtype = torch.promote_types(q.dtype, torch.float32)
         inner = map_dtype or dtype
-        # One cast of the weights serves all blocks.
-        map_q, map_k = map_q.to(inner), map_k.to(inner)
         batch, heads, queries, _ = q.shape
         step, block = _block(heads, max(_widest(map_q), _widest(map_k)), chunk, q.device)
+        # One cast and one packing of the weights serve all blocks.
+        map_q, map_k = _packed(map_q.to(inner), block), _packed(map_k.to(inner), block)
         shift = key_shift(k, map_k, key_mask=key_mask, map_dtype=map_dtype, chunk=chunk)
         out = v.new_empty(batch, heads, queries, v.shape[-1])
         lse = q.new_empty(batch, heads, queries, dtype=dtype)
@@ -68,6 +70,39 @@ def _block(heads: int, widest: int, chunk: int, device: torch.device) -> tuple[i
         return 1, min(chunk, _CPU_BLOCK)
     tokens = max(chunk, _DEVICE_BYTES // (4 * widest * heads))
     return heads, tokens
+
+
+def _packed(feature_map: FeatureMap, rows: int) -> FeatureMap:
+    """Lay the weights of a network out as oneDNN multiplies them, on a CPU where it has the dtype."""
+    if not isinstance(feature_map, MlpFeatureMap) or feature_map.w1.device.type != "cpu":
+        return feature_map
+    if not torch.backends.mkldnn.enabled or not _packs(feature_map.w1.dtype):
+        return feature_map
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    return replace(feature_map, **{name: reorder(getattr(feature_map, name), rows) for name in ("w1", "w2", "w3")})
+
+
+@lru_cache(maxsize=8)
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether this build of torch multiplies packed weights of the dtype on this CPU, found out by trying."""
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    weight, bias = torch.eye(16, dtype=dtype), torch.zeros(16, dtype=dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+        answer = torch.ops.mkldnn._linear_pointwise(weight, packed, bias, "none", [], "")
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return torch.equal(answer, weight)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, *, silu: bool) -> Tensor:
+    """Apply a linear layer; with packed weights bias and SiLU join the product before it leaves the registers."""
+    if weight.is_mkldnn:
+        answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "swish" if silu else "none", [], "")
+        return answer
+    y = F.linear(x, weight, bias)
+    return F.silu(y, inplace=True) if silu else y
 
 
 def _widest(feature_map: FeatureMap) -> int:
@@ -143,9 +178,9 @@ def _features(
             peak = features.amax(dim=-1, keepdim=True)
             features -= peak
         return features.exp_(), None if peak is None else peak.squeeze(-1)
-    hidden = F.silu(F.linear(inside, feature_map.w1, feature_map.b1), inplace=True)
-    hidden = F.silu(F.linear(hidden, feature_map.w2, feature_map.b2), inplace=True)
-    features = F.linear(hidden, feature_map.w3, feature_map.b3).to(x.dtype)
+    hidden = _linear(inside, feature_map.w1, feature_map.b1, silu=True)
+    hidden = _linear(hidden, feature_map.w2, feature_map.b2, silu=True)
+    features = _linear(hidden, feature_map.w3, feature_map.b3, silu=False).to(x.dtype)
     features = F.elu(features, inplace=True).add_(1.0)
     if feature_map.normalise:
         features.div_(torch.linalg.vector_norm(features, dim=-1, keepdim=True).add_(feature_map.norm_eps))
