@@ -1,17 +1,24 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
 from torch import Tensor
 from ttr_distill.checkpoint import CheckpointError, check_keys, load_checkpoint, save_checkpoint
+
+TraceFunction = Callable[[FrameType, str, object], object]
 
 
 def tensors(seed: int) -> dict[str, Tensor]:
@@ -127,21 +134,96 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("case", range(60))
-def test_every_damage_is_noticed_and_nothing_is_loaded(pristine: Path, tmp_path: Path, case: int) -> None:
+def test_500_damages_are_each_noticed_and_nothing_is_loaded(pristine: Path) -> None:
     """Truncations and single flipped bits, anywhere in any file."""
-    draw = random.Random(case)
-    path = shutil.copytree(pristine, tmp_path / "c")
-    file = draw.choice(sorted(entry for entry in path.rglob("*") if entry.is_file()))
-    content = bytearray(file.read_bytes())
-    if case % 3 == 0:
-        content = content[: draw.randrange(len(content))]
-    else:
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    file.write_bytes(content)
-    with pytest.raises(CheckpointError) as error:
-        load_checkpoint(path, fingerprint="teacher-a")
-    one_line(error)
+    draw = random.Random(0)
+    files = sorted(entry for entry in pristine.rglob("*") if entry.is_file())
+    assert len(files) == 5
+    for case in range(500):
+        file = draw.choice(files)
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        if case % 3 == 0:
+            damaged = damaged[: draw.randrange(len(damaged))]
+        else:
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(pristine, fingerprint="teacher-a")
+        one_line(error)
+        file.write_bytes(whole)
+    assert_holds(pristine, 1)
+
+
+def in_a_child(work: Callable[[], None]) -> int | None:
+    """Do the work in a forked process; return the signal that killed it, or ``None``."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_killed_at_any_byte_the_old_save_survives(tmp_path: Path) -> None:
+    """The kernel kills the process at the byte where a file would grow beyond the limit, for many limits."""
+    import resource
+
+    sizes = [file.stat().st_size for file in save(tmp_path, 1).iterdir()]
+    limits = [*range(0, max(sizes), 91), *(size - 1 for size in sizes), max(sizes)]
+
+    def save_at_most(limit: int) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        save(tmp_path, 2)
+
+    for limit in limits:
+        killed = in_a_child(partial(save_at_most, limit))
+        assert killed == (signal.SIGXFSZ if limit < max(sizes) else None)
+        assert_holds(tmp_path, 1 if killed else 2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_killed_at_any_line_a_whole_save_survives(tmp_path: Path) -> None:
+    """A process kills itself at its first line, at its second, and so on, until it gets through."""
+    source = save_checkpoint.__code__.co_filename
+    pristine = tmp_path / "pristine"
+    save(pristine, 1)
+
+    def save_until_line(path: Path, number: int) -> None:
+        left = [number]
+
+        def trace(frame: FrameType, event: str, _: object) -> TraceFunction | None:
+            if frame.f_code.co_filename != source:
+                return None
+            left[0] -= event == "line"
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        sys.settrace(trace)
+        save(path, 2)
+
+    held = []
+    for number in range(1, 400, 4):
+        path = shutil.copytree(pristine, tmp_path / str(number))
+        killed = in_a_child(partial(save_until_line, path, number))
+        seed = load_checkpoint(path).manifest["seed"]
+        assert seed in (1, 2)
+        assert_holds(path, 1 if seed == 1 else 2)
+        held.append(seed)
+        if not killed:
+            break
+    assert held == sorted(held)
+    assert held[-1] == 2
+    assert held.count(1) > 25
+    assert held.count(2) > 1, "nothing was killed after the pointer had moved"
 
 
 def save_until_killed(path: Path, first: int, done: Connection) -> None:

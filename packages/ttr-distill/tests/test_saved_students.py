@@ -10,7 +10,8 @@ from ttr_distill.checkpoint import CheckpointError, load_checkpoint, save_checkp
 from ttr_distill.saved_students import load_students, save_students
 from ttr_distill.student.backend import StudentBackend
 from ttr_distill.student.bank import StudentBank
-from ttr_distill.student.presets import preset
+from ttr_distill.student.feature_maps import FeatureMaps, make_exp
+from ttr_distill.student.presets import PRESETS, preset
 from ttr_distill.student.readiness import ReadinessConfig, ReadinessTracker
 from ttr_distill.training.capture import CaptureConfig
 from ttr_distill.training.distiller import DistillConfig, Distiller
@@ -38,15 +39,17 @@ def more(distiller: Distiller, make_call: CallMaker, native: Native, first: int,
     distiller.raise_pending()
 
 
-@pytest.mark.parametrize("name", ["hkr", "near_far"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_saved_students_answer_alike_also_in_inference_mode(
     make_call: CallMaker, native: Native, tmp_path: Path, name: str
 ) -> None:
     distiller = trained(name, make_call, native)
     save_students(tmp_path, distiller.bank, distiller.readiness, fingerprint="teacher")
     with torch.inference_mode():
-        bank, readiness, training = load_students(tmp_path, fingerprint="teacher", readiness=distiller.readiness.config)
-    assert training is None
+        saved = load_students(tmp_path, fingerprint="teacher", readiness=distiller.readiness.config)
+    bank, readiness = saved.bank, saved.readiness
+    assert saved.training is None
+    assert saved.changed == ()
     assert bank.config == distiller.bank.config
     assert readiness.state_dict() == distiller.readiness.state_dict()
     assert not any(parameter.is_inference() for parameter in bank.parameters())
@@ -61,7 +64,7 @@ def test_training_goes_on_exactly_from_the_file(make_call: CallMaker, native: Na
     save_students(tmp_path, half.bank, half.readiness, half, fingerprint="teacher")
     saved = load_students(tmp_path, fingerprint="teacher", readiness=half.readiness.config, training=True)
     assert saved.training is not None
-    resumed = Distiller(saved.bank, saved.readiness, CONFIG, seed=0)
+    resumed = Distiller(saved.bank, saved.readiness, CONFIG)
     resumed.load_state_dict(saved.training)
     more(resumed, make_call, native, 2, 4)
     left, right = whole.bank.state_dict(), resumed.bank.state_dict()
@@ -144,3 +147,81 @@ def test_a_student_that_answers_nan_can_be_saved(tmp_path: Path) -> None:
     loaded = load_students(tmp_path, fingerprint="t").readiness
     assert math.isnan(loaded[LAYERS[0]].ema_cosine or 0.0)
     assert not loaded.ready(LAYERS[0])
+
+
+def test_what_the_caller_sets_wins_and_the_file_supplies_what_is_learned(
+    make_call: CallMaker, native: Native, tmp_path: Path
+) -> None:
+    distiller = trained("hkr", make_call, native)
+    save_students(tmp_path, distiller.bank, distiller.readiness, distiller, fingerprint="t")
+    wanted = preset("hkr", landmark_fraction=0.5, landmark_minimum=1, alpha_max=0.4)
+    saved = load_students(tmp_path, fingerprint="t", config=wanted, training=True)
+    assert saved.bank.config == wanted
+    assert {sentence.split(" is ")[0] for sentence in saved.changed} == {
+        "landmark_fraction",
+        "landmark_minimum",
+        "alpha_max",
+    }
+    left, right = saved.bank.state_dict(), distiller.bank.state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in right)
+    call = make_call(50, layer=LAYERS[0], rows=12, columns=12)
+    assert not torch.equal(StudentBackend(saved.bank)(call), StudentBackend(distiller.bank)(call))
+    resumed = Distiller(saved.bank, saved.readiness, CONFIG)
+    assert saved.training is not None
+    resumed.load_state_dict(saved.training)
+    assert resumed.updates == distiller.updates > 0
+    more(resumed, make_call, native, 2, 3)
+
+
+def test_a_setting_that_changes_answers_makes_every_layer_unready(
+    make_call: CallMaker, native: Native, tmp_path: Path
+) -> None:
+    distiller = trained("near_far", make_call, native)
+    save_students(tmp_path, distiller.bank, distiller.readiness, distiller, fingerprint="t")
+    lenient = ReadinessConfig(1.0, 1.0, minimum_updates=1)
+    for overrides, ready in (({}, True), ({"top_k": 2}, False)):
+        saved = load_students(
+            tmp_path, fingerprint="t", config=preset("near_far", **overrides), readiness=lenient, training=True
+        )
+        assert saved.readiness.ready(LAYERS[0]) is ready
+        assert saved.training is not None
+        assert (saved.training.facts["replay"] is not None) is ready
+        resumed = Distiller(saved.bank, saved.readiness, CONFIG)
+        resumed.load_state_dict(saved.training)
+        more(resumed, make_call, native, 2, 3)
+        assert resumed.readiness[LAYERS[0]].updates > 0
+
+
+def test_a_setting_that_only_changes_how_answers_are_computed_keeps_readiness(
+    make_call: CallMaker, native: Native, tmp_path: Path
+) -> None:
+    distiller = trained("hkr", make_call, native)
+    save_students(tmp_path, distiller.bank, distiller.readiness, fingerprint="t")
+    saved = load_students(tmp_path, fingerprint="t", config=preset("hkr", workspace_bytes=2**20))
+    assert saved.changed == (f"workspace_bytes is {2**20}, the checkpoint was saved with {512 * 2**20}",)
+    assert saved.readiness[LAYERS[0]].updates == distiller.readiness[LAYERS[0]].updates
+
+
+def test_a_setting_that_cannot_apply_is_named(make_call: CallMaker, native: Native, tmp_path: Path) -> None:
+    distiller = trained("hkr", make_call, native)
+    save_students(tmp_path, distiller.bank, distiller.readiness, fingerprint="t")
+    with pytest.raises(CheckpointError) as error:
+        load_students(tmp_path, fingerprint="t", config=preset("hkr", feature_dim=512, gamma=1.0))
+    assert "feature_dim is 512, the checkpoint was saved with 256" in str(error.value)
+    assert "gamma" not in str(error.value)
+    with pytest.raises(CheckpointError, match="split_qk is False, the checkpoint was saved with True"):
+        load_students(tmp_path, fingerprint="t", config=preset("hkr", split_qk=False))
+    with pytest.raises(CheckpointError, match="holds 'hkr' students and the setting asks for 'near_far'"):
+        load_students(tmp_path, fingerprint="t", config=preset("near_far"))
+
+
+def test_students_with_a_custom_feature_map_are_loaded_with_it(make_call: CallMaker, tmp_path: Path) -> None:
+    maps = FeatureMaps().with_map("mine", make_exp)
+    config = preset("local-kernel", feature_map="mine")
+    bank = StudentBank.for_layers(config, LAYERS, 2, 16, seed=3, feature_maps=maps)
+    save_students(tmp_path, bank, ReadinessTracker(), fingerprint="t")
+    call = make_call(50, layer=LAYERS[0])
+    found = load_students(tmp_path, fingerprint="t", config=config, feature_maps=maps)
+    assert torch.equal(found.bank[LAYERS[0]](call), bank[LAYERS[0]](call))
+    with pytest.raises(CheckpointError, match=r"got 'mine'; add it with FeatureMaps.with_map"):
+        load_students(tmp_path, fingerprint="t")

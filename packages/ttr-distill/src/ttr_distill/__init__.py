@@ -2,11 +2,14 @@
 
 from ttr_distill.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from ttr_distill.embeddings import ScalarSinusoidalEmbedding
-from ttr_distill.metrics import JsonlSink, MetricSink
+from ttr_distill.legacy import LegacyStudents, read_legacy_students, write_legacy_students
+from ttr_distill.metrics import JsonlSink, MetricSink, QueuedSink, open_sinks
 from ttr_distill.saved_students import SavedStudents, load_students, save_students
 from ttr_distill.student import (
     PRESETS,
+    FeatureMaps,
     HkrConfig,
+    JointConfig,
     ReadinessConfig,
     ReadinessTracker,
     ReadyGuard,
@@ -26,9 +29,13 @@ __all__ = [
     "CheckpointError",
     "DistillConfig",
     "Distiller",
+    "FeatureMaps",
     "HkrConfig",
+    "JointConfig",
     "JsonlSink",
+    "LegacyStudents",
     "MetricSink",
+    "QueuedSink",
     "ReadinessConfig",
     "ReadinessTracker",
     "ReadyGuard",
@@ -42,7 +49,10 @@ __all__ = [
     "build_student",
     "load_checkpoint",
     "load_students",
+    "open_sinks",
     "preset",
+    "read_legacy_students",
     "save_checkpoint",
     "save_students",
+    "write_legacy_students",
 ]

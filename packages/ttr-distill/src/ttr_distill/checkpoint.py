@@ -12,6 +12,7 @@ A checkpoint is a folder. Each save writes a new folder inside it and then moves
 Until the pointer has moved, the old save is the checkpoint; afterwards it is removed.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -83,7 +84,10 @@ def save_checkpoint(
         files = {}
         for group, members in _grouped(tensors).items():
             file = scratch / f"{group}.safetensors"
-            save_file(members, file)
+            try:
+                save_file(members, file)
+            except SafetensorError as error:
+                raise OSError(errno.EIO, f"cannot be written: {error}", str(file)) from error
             _sync(file)
             files[file.name] = {"sha256": _sha256(file), "bytes": file.stat().st_size}
         text = _manifest_text({"schema": SCHEMA, "files": files, "facts": facts})
@@ -155,6 +159,8 @@ def _load_save(
         )
     tensors: dict[str, Tensor] = {}
     for name, entry in files.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"checkpoint {save} is malformed: it names {name!r}, which lies outside of it")
         group = name.removesuffix(".safetensors")
         if groups is None or group in groups:
             prefix = "" if group == _DEFAULT_GROUP else f"{group}/"

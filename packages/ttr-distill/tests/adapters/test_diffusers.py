@@ -1,4 +1,5 @@
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,6 @@ from attn_dispatch import (
     AttentionRouter,
     LayerKey,
     LayerRange,
-    NativeAttention,
     Route,
     SdpaMode,
     StepContext,
@@ -17,7 +17,6 @@ from attn_dispatch import (
 from attn_dispatch.testing import RecordingHandler, TinyDiT
 from attn_kernels import TokenGrid
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
 from ttr_distill.adapters.diffusers import DiffusersHost, attention_shape, layers
 
 diffusers = pytest.importorskip("diffusers")
@@ -26,71 +25,10 @@ WORDS = 5
 NAMES = ("double:0", "double:1", "single:0", "single:1", "single:2")
 
 
-@pytest.fixture(scope="module")
-def flux() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: nn.Module = diffusers.FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=2,
-            num_single_layers=3,
-            attention_head_dim=32,
-            num_attention_heads=4,
-            joint_attention_dim=64,
-            pooled_projection_dim=64,
-            axes_dims_rope=(8, 12, 12),
-        )
-    return model.eval()
-
-
-def fractional_ids(rows: int, columns: int, *, image: float = 0.0, scale: float = 16.0) -> Tensor:
-    row = (torch.arange(rows) + 0.5) * scale / rows
-    column = (torch.arange(columns) + 0.5) * scale / columns
-    ids = torch.full((rows * columns, 3), image)
-    ids[:, 1] = row.repeat_interleave(columns)
-    ids[:, 2] = column.repeat(rows)
-    return ids
-
-
-def make_inputs(rows: int = 3, columns: int = 4, *, batch: int = 1, ids: Tensor | None = None) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(0)
-    ids = fractional_ids(rows, columns) if ids is None else ids
-    return {
-        "hidden_states": torch.randn(batch, ids.shape[-2], 16, generator=g),
-        "encoder_hidden_states": torch.randn(batch, WORDS, 64, generator=g),
-        "pooled_projections": torch.randn(batch, 64, generator=g),
-        "timestep": torch.full((batch,), 0.75),
-        "img_ids": ids,
-        "txt_ids": torch.zeros(WORDS, 3),
-        "return_dict": False,
-    }
-
-
-def count_hooks(model: nn.Module) -> int:
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
-
-
-def assert_untouched(model: nn.Module) -> None:
-    assert count_hooks(model) == 0
-    assert _get_current_function_mode_stack() == []
-
-
-class Raising(RecordingHandler):
-    def __init__(self, error: BaseException, after: int) -> None:
-        super().__init__()
-        self.error = error
-        self.after = after
-
-    def __call__(self, call: AttentionCall, native: NativeAttention) -> Tensor:
-        if len(self.calls) == self.after:
-            raise self.error
-        return super().__call__(call, native)
-
-
-class Constant(RecordingHandler):
-    def __call__(self, call: AttentionCall, native: NativeAttention) -> Tensor:
-        self.calls.append(call)
-        return torch.zeros_like(call.q)
+InputsMaker = Callable[..., dict[str, Any]]
+IdsMaker = Callable[..., Tensor]
+Check = Callable[[nn.Module], None]
+HandlerMaker = Callable[..., RecordingHandler]
 
 
 def test_layers_and_shape(flux: nn.Module) -> None:
@@ -100,7 +38,9 @@ def test_layers_and_shape(flux: nn.Module) -> None:
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_every_attention_arrives_with_layer_step_and_layout(flux: nn.Module, inference: bool, batch: int) -> None:
+def test_every_attention_arrives_with_layer_step_and_layout(
+    flux: nn.Module, inference: bool, batch: int, make_inputs: InputsMaker, assert_untouched: Check
+) -> None:
     inputs = make_inputs(batch=batch)
     handler = RecordingHandler()
     with torch.inference_mode(inference):
@@ -120,7 +60,7 @@ def test_every_attention_arrives_with_layer_step_and_layout(flux: nn.Module, inf
     assert (handler.begun, handler.ended) == (0, 0)
 
 
-def test_positional_inputs_are_read(flux: nn.Module) -> None:
+def test_positional_inputs_are_read(flux: nn.Module, make_inputs: InputsMaker) -> None:
     inputs = make_inputs()
     handler = RecordingHandler()
     with DiffusersHost(flux, handler):
@@ -128,7 +68,7 @@ def test_positional_inputs_are_read(flux: nn.Module) -> None:
     assert handler.calls[0].step == StepContext(0.75, 1.0, (3, 4))
 
 
-def test_steps_follow_the_timestep(flux: nn.Module) -> None:
+def test_steps_follow_the_timestep(flux: nn.Module, make_inputs: InputsMaker) -> None:
     inputs = make_inputs()
     handler = RecordingHandler()
     with DiffusersHost(flux, handler):
@@ -138,14 +78,14 @@ def test_steps_follow_the_timestep(flux: nn.Module) -> None:
     assert sigmas == [1.0] * 5 + [0.5] * 5
 
 
-def test_a_batch_of_different_steps_has_no_step(flux: nn.Module) -> None:
+def test_a_batch_of_different_steps_has_no_step(flux: nn.Module, make_inputs: InputsMaker) -> None:
     handler = RecordingHandler()
     with DiffusersHost(flux, handler):
         flux(**{**make_inputs(batch=2), "timestep": torch.tensor([0.5, 0.4])})
     assert {call.step for call in handler.calls} == {None}
 
 
-def test_queries_and_keys_carry_rope(flux: nn.Module) -> None:
+def test_queries_and_keys_carry_rope(flux: nn.Module, fractional_ids: IdsMaker, make_inputs: InputsMaker) -> None:
     handler = RecordingHandler()
     still, moved = make_inputs(), make_inputs(ids=fractional_ids(3, 4, scale=48.0))
     with DiffusersHost(flux, handler):
@@ -158,27 +98,30 @@ def test_queries_and_keys_carry_rope(flux: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "latent_size", "grids", "references", "step_size"),
+    ("make_ids", "latent_size", "grids", "references", "step_size"),
     [
-        (fractional_ids(1, 6), None, ((1, 6),), (), (1, 6)),
-        (fractional_ids(6, 1), None, ((6, 1),), (), (6, 1)),
-        (fractional_ids(3, 4)[None], None, ((3, 4),), (), (3, 4)),
-        (fractional_ids(3, 4), (6, 8), ((3, 4),), (), (6, 8)),
-        (fractional_ids(3, 4)[torch.randperm(12, generator=torch.Generator().manual_seed(0))], None, (), (), (0, 0)),
-        (fractional_ids(3, 4).flip(0).sort(0).values, (3, 4), ((3, 4),), (), (3, 4)),
-        (torch.cat([fractional_ids(3, 4), fractional_ids(2, 3, image=1)]), None, ((3, 4),), ((2, 3),), (3, 4)),
-        (torch.cat([fractional_ids(3, 4), fractional_ids(2, 3, image=1)]), (3, 4), ((3, 4),), ((2, 3),), (3, 4)),
-        (fractional_ids(3, 4)[:11], None, (), (), (0, 0)),
+        (lambda ids: ids(1, 6), None, ((1, 6),), (), (1, 6)),
+        (lambda ids: ids(6, 1), None, ((6, 1),), (), (6, 1)),
+        (lambda ids: ids(3, 4)[None], None, ((3, 4),), (), (3, 4)),
+        (lambda ids: ids(3, 4), (6, 8), ((3, 4),), (), (6, 8)),
+        (lambda ids: ids(3, 4)[torch.randperm(12, generator=torch.Generator().manual_seed(0))], None, (), (), (0, 0)),
+        (lambda ids: ids(3, 4).flip(0).sort(0).values, (3, 4), ((3, 4),), (), (3, 4)),
+        (lambda ids: torch.cat([ids(3, 4), ids(2, 3, image=1)]), None, ((3, 4),), ((2, 3),), (3, 4)),
+        (lambda ids: torch.cat([ids(3, 4), ids(2, 3, image=1)]), (3, 4), ((3, 4),), ((2, 3),), (3, 4)),
+        (lambda ids: ids(3, 4)[:11], None, (), (), (0, 0)),
     ],
 )
 def test_grids_are_read_and_never_guessed(
     flux: nn.Module,
-    ids: Tensor,
+    make_ids: Callable[[IdsMaker], Tensor],
     latent_size: tuple[int, int] | None,
     grids: tuple[tuple[int, int], ...],
     references: tuple[tuple[int, int], ...],
     step_size: tuple[int, int],
+    fractional_ids: IdsMaker,
+    make_inputs: InputsMaker,
 ) -> None:
+    ids = make_ids(fractional_ids)
     handler = RecordingHandler()
     with torch.no_grad(), DiffusersHost(flux, handler, latent_size=latent_size):
         flux(**make_inputs(ids=ids))
@@ -193,7 +136,7 @@ def test_grids_are_read_and_never_guessed(
     assert step.latent_size == step_size
 
 
-def test_new_ids_are_read_anew(flux: nn.Module) -> None:
+def test_new_ids_are_read_anew(flux: nn.Module, make_inputs: InputsMaker) -> None:
     handler = RecordingHandler()
     with torch.no_grad(), DiffusersHost(flux, handler):
         flux(**make_inputs(3, 4))
@@ -201,7 +144,9 @@ def test_new_ids_are_read_anew(flux: nn.Module) -> None:
     assert handler.calls[-1].layout == TokenLayout(WORDS + 12, ((0, WORDS),), (TokenGrid(WORDS, 6, 2),))
 
 
-def test_a_latent_size_that_does_not_fit_is_an_error(flux: nn.Module) -> None:
+def test_a_latent_size_that_does_not_fit_is_an_error(
+    flux: nn.Module, make_inputs: InputsMaker, assert_untouched: Check
+) -> None:
     host = DiffusersHost(flux, RecordingHandler(), latent_size=(5, 5))
     with pytest.raises(ValueError, match=r"latent_size \(5, 5\) does not fit 12 image tokens"), host:
         flux(**make_inputs())
@@ -210,7 +155,7 @@ def test_a_latent_size_that_does_not_fit_is_an_error(flux: nn.Module) -> None:
         DiffusersHost(flux, RecordingHandler(), latent_size=(0, 5))
 
 
-def test_attention_over_other_tokens_has_no_layer(flux: nn.Module) -> None:
+def test_attention_over_other_tokens_has_no_layer(flux: nn.Module, make_inputs: InputsMaker) -> None:
     handler = RecordingHandler()
     attention = flux.get_submodule("single_transformer_blocks.1.attn")
     x = torch.randn(1, 4, 3, 32, generator=torch.Generator().manual_seed(0))
@@ -229,7 +174,7 @@ def test_attention_over_other_tokens_has_no_layer(flux: nn.Module) -> None:
     assert tuple(str(call.layer) for call in handler.calls if call is not odd) == NAMES
 
 
-def test_a_block_called_alone_has_a_layer_but_no_step(flux: nn.Module) -> None:
+def test_a_block_called_alone_has_a_layer_but_no_step(flux: nn.Module, make_inputs: InputsMaker) -> None:
     handler = RecordingHandler()
     with torch.no_grad(), DiffusersHost(flux, handler):
         flux(**make_inputs())
@@ -238,7 +183,7 @@ def test_a_block_called_alone_has_a_layer_but_no_step(flux: nn.Module) -> None:
     assert (str(last.layer), last.step, last.layout) == ("single:2", None, None)
 
 
-def test_a_router_with_a_layer_range_swaps_those_layers_only(flux: nn.Module) -> None:
+def test_a_router_with_a_layer_range_swaps_those_layers_only(flux: nn.Module, make_inputs: InputsMaker) -> None:
     class Zeros:
         name = "zeros"
 
@@ -262,13 +207,15 @@ def test_a_router_with_a_layer_range_swaps_those_layers_only(flux: nn.Module) ->
     }
 
 
-def test_two_threads_do_not_mix_on_one_model(flux: nn.Module) -> None:
+def test_two_threads_do_not_mix_on_one_model(
+    flux: nn.Module, make_inputs: InputsMaker, assert_untouched: Check, constant: HandlerMaker
+) -> None:
     inputs = make_inputs()
     barrier = threading.Barrier(2, timeout=30)
     found: dict[str, list[bool]] = {"native": [], "zeros": []}
     with torch.no_grad():
         exact = flux(**inputs)[0]
-        with DiffusersHost(flux, Constant()):
+        with DiffusersHost(flux, constant()):
             zeroed = flux(**inputs)[0]
     assert not torch.allclose(exact, zeroed)
 
@@ -282,7 +229,7 @@ def test_two_threads_do_not_mix_on_one_model(flux: nn.Module) -> None:
 
     threads = [
         threading.Thread(target=work, args=("native", RecordingHandler(), exact)),
-        threading.Thread(target=work, args=("zeros", Constant(), zeroed)),
+        threading.Thread(target=work, args=("zeros", constant(), zeroed)),
     ]
     for thread in threads:
         thread.start()
@@ -302,7 +249,7 @@ def test_another_model_with_such_blocks_is_served() -> None:
     assert handler.calls[0].layout == TokenLayout(17, ((0, 5),), (TokenGrid(5, 4, 3),))
 
 
-def test_flux_2_is_served() -> None:
+def test_flux_2_is_served(fractional_ids: IdsMaker, make_inputs: InputsMaker) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = diffusers.Flux2Transformer2DModel(
@@ -337,7 +284,9 @@ class NoAttention(nn.Module):
         self.transformer_blocks = nn.ModuleList([nn.Linear(2, 2)])
 
 
-@pytest.mark.parametrize(("model", "text"), [(nn.Linear(2, 2), "Linear has neither"), (NoAttention(), "NoAttention")])
+@pytest.mark.parametrize(
+    ("model", "text"), [(nn.Linear(2, 2), "Linear has no list of blocks"), (NoAttention(), "NoAttention")]
+)
 def test_another_model_is_refused_by_name(model: nn.Module, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         DiffusersHost(model, RecordingHandler())

@@ -22,10 +22,12 @@ def test_it_answers_with_the_student_of_the_layer_without_gradients(make_call: C
         call = make_call(0, layer=layer)
         bank[layer].train()
         answer = backend(call)
-        assert torch.equal(answer, bank[layer](call))
+        with torch.no_grad():
+            assert torch.equal(answer, bank[layer].eval()(call))
         assert not answer.requires_grad
         assert not bank[layer].training
-    assert not torch.equal(backend(call), bank[LAYER](call))
+    with torch.no_grad():
+        assert not torch.equal(backend(call), bank[LAYER](call))
 
 
 def test_reasons_are_sentences(make_call: CallMaker) -> None:
@@ -52,3 +54,17 @@ def test_in_a_router_an_unready_student_never_serves_and_a_ready_one_does(make_c
             readiness.flush()
         answer = router(call, lambda _: teacher)
         assert torch.equal(answer, backend(call) if serves else teacher)
+
+
+def test_half_precision_calls_are_answered_by_a_copy_that_follows_the_weights(make_call: CallMaker) -> None:
+    bank = StudentBank.for_layers(preset("local-kernel", radius=1), (LAYER,), 2, 16, seed=1)
+    backend, call = StudentBackend(bank), make_call(0, dtype=torch.bfloat16)
+    before = backend(call)
+    assert before.dtype is torch.bfloat16
+    assert {weight.dtype for weight in bank.parameters()} == {torch.float32}
+    assert torch.equal(before, bank.serving_copy(torch.bfloat16)[LAYER](call))
+    with torch.no_grad():
+        bank[LAYER].get_parameter("kernel.key_side.weight").mul_(-2.0)
+    after = backend(call)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, bank.serving_copy(torch.bfloat16)[LAYER](call))

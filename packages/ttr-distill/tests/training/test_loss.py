@@ -29,7 +29,11 @@ def test_loss_equals_the_formula() -> None:
     terms = loss(output, target)
     huber, cosine = by_hand(output, target, 0.2)
     expected = huber / (2 * math.exp(0.7)) + 0.7 / 2 + cosine / (2 * math.exp(-1)) - 1 / 2
-    assert [float(term.detach()) for term in terms] == pytest.approx([expected, huber, cosine], rel=1e-4)
+    mse = sum((a - b) ** 2 for a, b in zip(output.flatten().tolist(), target.flatten().tolist(), strict=True))
+    assert [float(term.detach()) for term in terms] == pytest.approx(
+        [expected, huber, cosine, mse / output.numel()], rel=1e-4
+    )
+    assert not terms.mse.requires_grad
 
 
 def test_log_variances_start_at_zero_and_minus_one_and_stay_in_range() -> None:
@@ -49,7 +53,9 @@ def test_queries_without_weight_do_not_count() -> None:
     expected, _ = by_hand(
         output.transpose(1, 2)[keep].reshape(-1, 4), target.transpose(1, 2)[keep].reshape(-1, 4), 0.05
     )
-    assert float(DistillLoss()(spoiled, target, keep).huber) == pytest.approx(expected, rel=1e-4)
+    terms = DistillLoss()(spoiled, target, keep)
+    assert float(terms.huber) == pytest.approx(expected, rel=1e-4)
+    assert float(terms.mse) < 90.0, "the spoiled queries are 99 off"
     assert heldout_distance(spoiled, target, keep) == pytest.approx(
         heldout_distance(torch.where(keep[:, None, :, None], output, -7.0), target, keep)
     )

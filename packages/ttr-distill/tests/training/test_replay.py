@@ -99,6 +99,44 @@ def test_draws_are_uniform_over_the_layer_and_repeat_with_the_seed() -> None:
     assert all(buffer.draw(LAYERS[0], again) is one for one in drawn)
 
 
+def test_what_samples_share_counts_once_and_goes_with_the_last() -> None:
+    first = make_sample(tokens=20, tag=1.0)
+    others = [replace(make_sample(tokens=20), k=first.k, v=first.v) for _ in range(3)]
+    own = first.nbytes - 160
+    buffer = ReplayBuffer(160 + 3 * own)
+    for sample in (first, *others):
+        buffer.add(sample)
+        assert buffer.nbytes == 160 + own * len(buffer.samples()) <= buffer.budget_bytes
+    assert buffer.samples() == tuple(others), "the oldest went, its keys stay with the others"
+    buffer.add(make_sample(tokens=20))
+    assert buffer.nbytes == first.nbytes == buffer.layer_bytes(LAYERS[0]), "then they are gone too"
+    buffer.clear()
+    assert buffer.nbytes == 0
+
+
+def test_samples_of_held_out_steps_are_never_drawn() -> None:
+    buffer = ReplayBuffer(10_000)
+    held, mine = replace(make_sample(), trainable=False), make_sample()
+    buffer.add(held)
+    assert buffer.draw(LAYERS[0], torch.Generator()) is None
+    buffer.add(mine)
+    generator = torch.Generator().manual_seed(0)
+    assert all(buffer.draw(LAYERS[0], generator) is mine for _ in range(20))
+    assert buffer.samples() == (held, mine)
+    assert not ReplaySample.from_parts(held.tensors(), held.facts()).trainable
+
+
+def test_clear_keeps_the_newest() -> None:
+    buffer = ReplayBuffer(10_000)
+    samples = [make_sample(LAYERS[index % 2], tag=float(index)) for index in range(6)]
+    for sample in samples:
+        buffer.add(sample)
+    buffer.clear(LAYERS[0], keep=1)
+    assert buffer.samples(LAYERS[0]) == (samples[4],)
+    assert len(buffer.samples(LAYERS[1])) == 3
+    buffer.clear(LAYERS[2], keep=1)
+
+
 def test_clear_forgets_one_layer_or_all() -> None:
     buffer = ReplayBuffer(10_000)
     for layer in LAYERS:

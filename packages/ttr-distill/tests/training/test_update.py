@@ -141,9 +141,55 @@ def test_masked_queries_do_not_count(make_call: CallMaker, native: Native) -> No
     assert measure_heldout(student, changed) == pytest.approx(measure_heldout(student, sample))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["hkr", "near_far"])
+def test_a_step_in_chunks_of_queries_is_the_same_step(
+    make_call: CallMaker, native: Native, name: str, masked: bool
+) -> None:
+    mask = torch.arange(106)[None] % 5 != 1 if masked else None
+    call = make_call(0, key_mask=mask)
+    settings = {"landmark_minimum": 8, "adaptive_alpha": False} if name == "hkr" else {"tile": 2, "top_k": 2}
+    ends = []
+    for chunk in (None, 7):
+        student = build_student(preset(name, **settings), 2, 16, generator=torch.Generator().manual_seed(0))
+        loss = DistillLoss()
+        optimizer = make_optimizer(student, loss, UpdateConfig())
+        with training_mode():
+            sample = sampled(call, native(call), student)
+            result = update_student(student, loss, optimizer, sample, UpdateConfig(), query_chunk=chunk)
+        ends.append(result)
+    assert ends[1].loss == pytest.approx(ends[0].loss, rel=1e-4)
+    assert ends[1].huber == pytest.approx(ends[0].huber, rel=1e-4)
+    assert ends[1].gradient_norm == pytest.approx(ends[0].gradient_norm, rel=1e-3)
+
+
+def test_a_cosine_schedule_shrinks_every_group_alike(make_call: CallMaker, native: Native) -> None:
+    config = UpdateConfig(learning_rate=0.01, schedule="cosine", schedule_updates=10, final_rate=0.2)
+    rates = [config.rate(n) for n in (0, 5, 10, 99)]
+    assert rates == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    assert UpdateConfig().rate(10_000) == 1.0
+    student, loss = hkr(), DistillLoss()
+    optimizer = make_optimizer(student, loss, config)
+    before = [group["lr"] for group in optimizer.param_groups]
+    with training_mode():
+        sample = sampled(make_call(0), native(make_call(0)), student)
+        for _ in range(2):
+            update_student(student, loss, optimizer, sample, config, rate=config.rate(5))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.6 * rate for rate in before])
+
+
 @pytest.mark.parametrize(
-    "bad", [{"learning_rate": 0.0}, {"huber_beta": 0.0}, {"clip_norm": -1.0}, {"weight_decay": math.nan}]
+    "bad",
+    [
+        {"final_rate": 2.0},
+        {"schedule": "linear"},
+        {"average_decay": 1.0},
+        {"learning_rate": 0.0},
+        {"huber_beta": 0.0},
+        {"clip_norm": -1.0},
+        {"weight_decay": math.nan},
+    ],
 )
 def test_settings_out_of_range_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="got"):
-        UpdateConfig(**bad)
+        UpdateConfig(**bad)  # type: ignore[arg-type]

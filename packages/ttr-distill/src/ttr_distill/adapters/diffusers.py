@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import inspect
-import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from attn_dispatch import AttentionHandler, LayerKey, SdpaMode, StepContext, TokenLayout
-from attn_kernels import TokenGrid
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ttr_distill.adapters.diffusers_layout import LayoutReader
+
 _STREAMS = (("double", "transformer_blocks"), ("single", "single_transformer_blocks"))
+"""Lists of blocks whose layers have names of their own; those of any other list are named after it."""
+
+_ATTENTIONS = ("attn", "attn1", "self_attn", "attention")
+"""What a block calls its self-attention."""
 
 
 def layers(transformer: nn.Module) -> tuple[LayerKey, ...]:
-    """Name the attention layers of a transformer in the order they run.
+    """Name the attention layers of a transformer in the order of its blocks.
 
     Raises:
-        ValueError: The model is no Flux-type transformer.
+        ValueError: The model has no lists of blocks with attention.
     """
     return tuple(_attentions(transformer))
 
@@ -31,29 +36,38 @@ def attention_shape(transformer: nn.Module) -> tuple[int, int]:
     """Return the number of heads and the head width of a transformer's attention.
 
     Raises:
-        ValueError: The model is no Flux-type transformer, or its layers differ.
+        ValueError: The model has no lists of blocks with attention, or its layers differ.
     """
-    shapes = {(int(attention.heads), int(attention.head_dim)) for attention in _attentions(transformer).values()}
+    shapes = {(int(attention.heads), _width(attention)) for attention in _attentions(transformer).values()}
     if len(shapes) != 1:
         raise ValueError(f"attention layers of {type(transformer).__name__} differ in (heads, width): {sorted(shapes)}")
     return shapes.pop()
+
+
+def _width(attention: Any) -> int:
+    width = getattr(attention, "head_dim", None)
+    return int(width if width is not None else attention.inner_dim // attention.heads)
 
 
 class DiffusersHost:
     """Inside this context every attention of the transformer reaches ``handler(call, native)``.
 
     A call carries its ``LayerKey`` (``transformer_blocks`` are ``"double"``, ``single_transformer_blocks`` are
-    ``"single"``), the step read from the transformer's ``timestep``, and the token layout read from its inputs: text
-    first, then the image grid, then grids of reference images (ids whose first coordinate differs from the first
-    image token's). What cannot be read is left open rather than guessed: no step if the timesteps of a batch differ,
-    no grid if the ids are no raster, no layer for an attention over other tokens (image prompts).
+    ``"single"``, other lists of blocks keep their name), the step read from the transformer's ``timestep``, and the
+    token layout read from its inputs: text first, then the image grid, then grids of reference images (ids whose first
+    coordinate differs from the first image token's); for models that take a latent image, the grid of its patches.
+    What cannot be read is left open rather than guessed: no step if the timesteps of a batch differ, no grid if the
+    ids are no raster, no layer for an attention over other tokens (image prompts, the text of a cross-attention).
 
     Nothing is patched: module hooks catch attention inside the attention modules only and are gone on exit, also
     after an error. The host serves the thread that entered it, and can be entered again after exit. Hosts nest: the
     ``native`` of the inner one reaches the outer one. The timestep is read once per forward, ids once per tensor.
+    Hooks that move weights (accelerate's CPU offload) go on working. A compiled model, whole or block by block, runs
+    uncompiled inside, because what was compiled before has no place for the hooks; its compiled code is kept.
 
     Args:
-        transformer: A ``FluxTransformer2DModel`` or another model with such blocks.
+        transformer: A ``FluxTransformer2DModel``, ``Flux2Transformer2DModel`` or any other model with lists of blocks
+            whose attention goes through ``scaled_dot_product_attention``.
         handler: Who answers; its ``begin_run`` and ``end_run`` are called by whoever samples, not here.
         cfg_scale: Classifier-free guidance scale for the step context.
         cond_or_uncond: For each part of the batch 0 = conditional, 1 = unconditional.
@@ -76,8 +90,12 @@ class DiffusersHost:
         if latent_size is not None and min(latent_size) < 1:
             raise ValueError(f"latent_size must be positive (rows, columns), got {latent_size}")
         self._transformer = transformer
-        self._attentions = _attentions(transformer)
-        self._signature = inspect.signature(transformer.forward)
+        original = _original(transformer)
+        self._attentions = _attentions(original)
+        self._signature = inspect.signature(original.forward)
+        patch = getattr(getattr(original, "config", None), "patch_size", None)
+        self._reader = LayoutReader(type(original).__name__, patch if isinstance(patch, int) else None, latent_size)
+        self._eager: AbstractContextManager[object] = nullcontext()
         self._cfg_scale = float(cfg_scale)
         self._cond_or_uncond = tuple(cond_or_uncond)
         self._latent_size = latent_size
@@ -87,8 +105,7 @@ class DiffusersHost:
         self._entered = 0
         self._layer: LayerKey | None = None
         self._step: StepContext | None = None
-        self._layout: TokenLayout | None = None
-        self._read_ids: tuple[Tensor, tuple[TokenGrid, ...]] | None = None
+        self._layouts: tuple[TokenLayout, ...] = ()
 
     @property
     def declines(self) -> Mapping[str, int]:
@@ -100,6 +117,9 @@ class DiffusersHost:
             raise ValueError("this host is entered already; make another one to nest")
         self._thread = threading.get_ident()
         transformer = self._transformer
+        if _is_compiled(transformer):
+            self._eager = torch.compiler.set_stance("force_eager")
+        self._eager.__enter__()
         self._handles.append(transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._handles.append(transformer.register_forward_hook(self._after_forward, prepend=True, always_call=True))
         for layer, attention in self._attentions.items():
@@ -120,7 +140,9 @@ class DiffusersHost:
         self._handles.clear()
         self._leave_modes()
         self._forget_forward()
-        self._read_ids = None
+        self._reader.forget()
+        self._eager.__exit__(None, None, None)
+        self._eager = nullcontext()
         self._thread = None
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -129,10 +151,10 @@ class DiffusersHost:
         self._leave_modes()
         self._forget_forward()
         inputs = self._signature.bind_partial(*args, **kwargs).arguments
-        self._layout = self._read_layout(inputs)
+        self._layouts = self._reader.layouts(inputs)
         size = self._latent_size
-        if size is None and self._layout is not None and self._layout.grids:
-            size = (self._layout.grids[0].rows, self._layout.grids[0].columns)
+        if size is None and self._layouts and self._layouts[0].grids:
+            size = (self._layouts[0].grids[0].rows, self._layouts[0].grids[0].columns)
         sigma = _one_sigma(inputs.get("timestep"))
         if sigma is not None:
             self._step = StepContext(sigma, self._cfg_scale, size or (0, 0), self._cond_or_uncond)
@@ -161,30 +183,16 @@ class DiffusersHost:
             self._mode.__exit__(None, None, None)
 
     def _forget_forward(self) -> None:
-        self._layer = self._step = self._layout = None
+        self._layer = self._step = None
+        self._layouts = ()
 
     def _describe(self, q: Tensor, k: Tensor) -> tuple[LayerKey | None, StepContext | None, TokenLayout | None]:
-        layout = self._layout
-        if layout is not None and (q.shape[2] != layout.length or k.shape[2] != layout.length):
-            return None, self._step, None
-        return self._layer, self._step, layout
-
-    def _read_layout(self, inputs: Mapping[str, Any]) -> TokenLayout | None:
-        image, text, ids = inputs.get("hidden_states"), inputs.get("encoder_hidden_states"), inputs.get("img_ids")
-        if not isinstance(image, Tensor) or not isinstance(ids, Tensor) or image.ndim != 3:
-            return None
-        words = text.shape[1] if isinstance(text, Tensor) else 0
-        tokens = image.shape[1]
-        if self._read_ids is None or self._read_ids[0] is not ids:
-            self._read_ids = (ids, _grids(ids))
-        grids = self._read_ids[1]
-        if sum(grid.tokens for grid in grids) != tokens:
-            grids = ()
-        if self._latent_size is not None:
-            grids = (_latent_grid(self._latent_size, grids[0].tokens if grids else tokens), *grids[1:])
-        placed = tuple(TokenGrid(words + grid.start, grid.rows, grid.columns) for grid in grids)
-        spans = ((0, words),) if words else ()
-        return TokenLayout(words + tokens, spans, placed[:1], placed[1:])
+        if not self._layouts:
+            return self._layer, self._step, None
+        for layout in self._layouts:
+            if q.shape[2] == k.shape[2] == layout.length:
+                return self._layer, self._step, layout
+        return None, self._step, None
 
 
 class _EnterHook:
@@ -196,20 +204,37 @@ class _EnterHook:
         self._host._before_attention(self._layer)
 
 
+def _original(transformer: nn.Module) -> nn.Module:
+    """Return the model that ``torch.compile`` wrapped, or the model itself."""
+    return cast("nn.Module", getattr(transformer, "_orig_mod", transformer))
+
+
+def _is_compiled(transformer: nn.Module) -> bool:
+    wrapped = _original(transformer) is not transformer
+    return wrapped or any(getattr(part, "_compiled_call_impl", None) is not None for part in transformer.modules())
+
+
 def _attentions(transformer: nn.Module) -> dict[LayerKey, Any]:
     found: dict[LayerKey, Any] = {}
-    for stream, name in _STREAMS:
-        for index, block in enumerate(getattr(transformer, name, ())):
-            attention = getattr(block, "attn", None)
-            if not isinstance(attention, nn.Module):
-                raise ValueError(f"{type(transformer).__name__}.{name}[{index}] has no attention module 'attn'")
-            found[LayerKey(stream, index)] = attention
+    for stream, blocks in _lists_of_blocks(_original(transformer)):
+        for index, block in enumerate(blocks):
+            candidates = (getattr(block, name, None) for name in _ATTENTIONS)
+            attention = next((candidate for candidate in candidates if isinstance(candidate, nn.Module)), None)
+            if attention is not None and hasattr(attention, "heads"):
+                found[LayerKey(stream, index)] = attention
     if not found:
         raise ValueError(
-            f"{type(transformer).__name__} has neither transformer_blocks nor single_transformer_blocks; "
-            "give a Flux-type transformer, such as the transformer of a pipeline"
+            f"{type(transformer).__name__} has no list of blocks with attention modules; "
+            "give a diffusion transformer, such as the transformer of a pipeline"
         )
     return found
+
+
+def _lists_of_blocks(transformer: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    own = {name: stream for stream, name in _STREAMS}
+    lists = {name: part for name, part in transformer.named_children() if isinstance(part, nn.ModuleList)}
+    for name in sorted(lists, key=lambda name: list(own).index(name) if name in own else len(own)):
+        yield own.get(name, name), lists[name]
 
 
 def _one_sigma(timestep: object) -> float | None:
@@ -217,36 +242,3 @@ def _one_sigma(timestep: object) -> float | None:
         values = set(timestep.reshape(-1).tolist())
         return float(values.pop()) if len(values) == 1 else None
     return float(timestep) if isinstance(timestep, (int, float)) else None
-
-
-def _grids(ids: Tensor) -> tuple[TokenGrid, ...]:
-    """Read position ids ``[N, 3]`` (image, row, column) as grids from token 0 on; empty if one is no raster."""
-    table = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float64)
-    if table.ndim != 2 or table.shape[0] == 0 or table.shape[1] < 3:
-        return ()
-    _, counts = torch.unique_consecutive(table[:, 0], return_counts=True)
-    grids: list[TokenGrid] = []
-    start = 0
-    for count in counts.tolist():
-        part = table[start : start + count]
-        rows, columns = (len(torch.unique(part[:, axis])) for axis in (1, 2))
-        if rows * columns != count:
-            return ()
-        raster = part[:, 1:3].reshape(rows, columns, 2)
-        if not bool((raster[:, :, 0] == raster[:, :1, 0]).all() & (raster[:, :, 1] == raster[:1, :, 1]).all()):
-            return ()
-        grids.append(TokenGrid(start, rows, columns))
-        start += count
-    return tuple(grids)
-
-
-def _latent_grid(latent_size: tuple[int, int], tokens: int) -> TokenGrid:
-    """Find the token grid of a latent whose tokens are square patches."""
-    rows, columns = latent_size
-    patch = math.isqrt(rows * columns // tokens) if tokens else 0
-    if patch < 1 or rows % patch or columns % patch or rows * columns != tokens * patch * patch:
-        raise ValueError(
-            f"latent_size {latent_size} does not fit {tokens} image tokens; "
-            "give rows and columns of the latent that is sampled, or leave it out"
-        )
-    return TokenGrid(0, rows // patch, columns // patch)

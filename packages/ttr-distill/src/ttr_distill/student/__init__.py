@@ -3,16 +3,24 @@
 from ttr_distill.student.attention import StudentAttention
 from ttr_distill.student.backend import StudentBackend
 from ttr_distill.student.bank import StudentBank
+from ttr_distill.student.feature_map import StudentFeatureMap
+from ttr_distill.student.feature_maps import FeatureMaps, MapRequest
 from ttr_distill.student.hkr import HkrConfig, HkrStudent
+from ttr_distill.student.joint import JointConfig, JointStudent
 from ttr_distill.student.near_far import NearFarStudent
 from ttr_distill.student.presets import PRESETS, StudentConfig, build_student, preset
 from ttr_distill.student.readiness import LayerReadiness, ReadinessConfig, ReadinessTracker, ReadyGuard
+from ttr_distill.student.serving import serving_copy
 
 __all__ = [
     "PRESETS",
+    "FeatureMaps",
     "HkrConfig",
     "HkrStudent",
+    "JointConfig",
+    "JointStudent",
     "LayerReadiness",
+    "MapRequest",
     "NearFarStudent",
     "ReadinessConfig",
     "ReadinessTracker",
@@ -21,6 +29,8 @@ __all__ = [
     "StudentBackend",
     "StudentBank",
     "StudentConfig",
+    "StudentFeatureMap",
     "build_student",
     "preset",
+    "serving_copy",
 ]

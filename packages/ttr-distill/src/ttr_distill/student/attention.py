@@ -1,6 +1,7 @@
 """What every student of an attention layer is."""
 
 from abc import abstractmethod
+from typing import Self
 
 import torch
 from attn_dispatch import AttentionCall, TokenLayout
@@ -21,6 +22,8 @@ class StudentAttention(nn.Module):
         heads: Number of heads.
         width: Width of a head.
         training_free: Whether the student is of use before any update.
+        revision: Rises with every ``train()``, so that whoever keeps a copy of the weights can tell that it is old;
+            optimisers that step in one fused kernel leave no other trace.
     """
 
     training_free: bool = False
@@ -31,6 +34,12 @@ class StudentAttention(nn.Module):
             raise ValueError(f"a student needs at least one head of width one, got heads={heads}, width={width}")
         self.heads = heads
         self.width = width
+        self.revision = 0
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; an update has to begin with ``train()``."""
+        self.revision += mode
+        return super().train(mode)
 
     @abstractmethod
     def forward(
@@ -99,11 +108,6 @@ def required_layout(call: AttentionCall) -> TokenLayout:
     if call.layout is None:
         raise ValueError("a student needs the call's layout; ask refuses(call) first")
     return call.layout
-
-
-def modulate(branch: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Return ``branch * (1 + scale) + bias`` in the branch's dtype; ``scale`` and ``bias`` are 0-d."""
-    return branch * (1.0 + scale.to(branch.dtype)) + bias.to(branch.dtype)
 
 
 def logit(probability: float) -> float:

@@ -5,10 +5,14 @@ from attn_dispatch import AttentionCall
 from torch import Tensor
 
 from ttr_distill.student.bank import StudentBank
+from ttr_distill.student.serving import ServingCopies
 
 
 class StudentBackend:
     """Answers calls with the student of their layer, without gradients.
+
+    Calls in half precision are answered by copies whose feature maps are cast once, and again only after a change of
+    the weights; the bank itself stays float32.
 
     Args:
         bank: The students.
@@ -18,6 +22,7 @@ class StudentBackend:
 
     def __init__(self, bank: StudentBank) -> None:
         self.bank = bank
+        self._copies = ServingCopies()
 
     def refuses(self, call: AttentionCall) -> str | None:
         """Say why no student can answer; ``None`` if one can."""
@@ -36,7 +41,7 @@ class StudentBackend:
         reason = self.refuses(call)
         if reason is not None or call.layer is None:
             raise ValueError(f"the student cannot answer this call: {reason}")
-        student = self.bank[call.layer]
+        student = self._copies.get(call.layer, self.bank[call.layer], call.q.dtype)
         if student.training:
             student.eval()
         with torch.no_grad():

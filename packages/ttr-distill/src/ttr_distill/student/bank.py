@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from attn_dispatch import LayerKey
 from torch import Tensor, nn
 
 from ttr_distill.grad import training_mode
 from ttr_distill.seeding import stream
 from ttr_distill.student.attention import StudentAttention
+from ttr_distill.student.feature_maps import FeatureMaps
 from ttr_distill.student.presets import StudentConfig, build_student
+from ttr_distill.student.serving import serving_copy
 
 
 class StudentBank(nn.Module):
@@ -36,7 +39,14 @@ class StudentBank(nn.Module):
 
     @classmethod
     def for_layers(
-        cls, config: StudentConfig, layers: Iterable[LayerKey], heads: int, width: int, *, seed: int = 0
+        cls,
+        config: StudentConfig,
+        layers: Iterable[LayerKey],
+        heads: int,
+        width: int,
+        *,
+        seed: int = 0,
+        feature_maps: FeatureMaps | None = None,
     ) -> "StudentBank":
         """Make fresh students.
 
@@ -46,12 +56,20 @@ class StudentBank(nn.Module):
             heads: Number of heads, H.
             width: Width of a head, D.
             seed: Initial weights; those of a layer do not depend on which other layers are in the bank.
+            feature_maps: Custom feature maps that the config names; the built-in ones if ``None``.
         """
         with training_mode():
             students = {
-                layer: build_student(config, heads, width, generator=stream(seed, "student", layer)) for layer in layers
+                layer: build_student(
+                    config, heads, width, generator=stream(seed, "student", layer), feature_maps=feature_maps
+                )
+                for layer in layers
             }
         return cls(config, students)
+
+    def serving_copy(self, dtype: torch.dtype) -> "StudentBank":
+        """Return a frozen copy to serve with, its feature maps in ``dtype``; the bank stays as it is."""
+        return StudentBank(self.config, {layer: serving_copy(self[layer], dtype) for layer in self.layers})
 
     def __getitem__(self, layer: LayerKey) -> StudentAttention:
         return self._by_layer[layer]

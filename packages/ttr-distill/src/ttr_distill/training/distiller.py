@@ -2,31 +2,42 @@
 
 import logging
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from attn_dispatch import AttentionCall, LayerKey, NativeAttention, StepContext, TokenLayout
+from attn_dispatch import AttentionCall, LayerKey, NativeAttention, TokenLayout
 from torch import Tensor
 
 from ttr_distill.grad import training_mode
 from ttr_distill.metrics import MetricSink, MetricValue
-from ttr_distill.seeding import stream
 from ttr_distill.student.backend import StudentBackend
 from ttr_distill.student.bank import StudentBank
 from ttr_distill.student.readiness import ReadinessTracker
-from ttr_distill.training.capture import CaptureConfig, capture
-from ttr_distill.training.layer import COUNTERS, LayerTraining
-from ttr_distill.training.memory import MemoryLadder
-from ttr_distill.training.replay import ReplayBuffer
+from ttr_distill.training.capture import CaptureConfig, capture, redraw
+from ttr_distill.training.forms import keep_better_form
+from ttr_distill.training.layer import LayerState, LayerTraining
+from ttr_distill.training.memory import is_out_of_memory
+from ttr_distill.training.replay import ReplayBuffer, ReplaySample
 from ttr_distill.training.state import SavedState, integer, load_replay, mapping, replay_state
-from ttr_distill.training.update import UpdateConfig, measure_heldout, update_student
+from ttr_distill.training.steps import StepDraw
+from ttr_distill.training.update import UpdateConfig
 
 logger = logging.getLogger(__name__)
 
-_STREAMS = ("layers", "queries", "replay")
-_WORTH_KEEPING = 0.99
-_TRAINING_ERRORS = (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError)
+_TRAINING_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    OSError,
+    MemoryError,
+)
+
+Measurement = tuple[LayerKey, float, float]
+"""Layer, cosine distance and relative L2 distance of a student on held-out queries."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class DistillConfig:
         train_steps_per_call: Updates after each captured call.
         min_swap_layers: Train at least so many layers in a diffusion step.
         max_swap_layers: Train at most so many; ``None`` = all. The number and the layers are drawn for every step.
+        heldout_period: Of so many diffusion steps one is held out, the first so many excepted: its calls are measured,
+            never trained on; 0 = none.
         maximum_updates: Stop training after so many updates of all layers together; ``None`` = never.
         preview: Answer with the student where it is ready, else always with the teacher.
     """
@@ -50,6 +63,7 @@ class DistillConfig:
     train_steps_per_call: int = 1
     min_swap_layers: int = 1
     max_swap_layers: int | None = None
+    heldout_period: int = 8
     maximum_updates: int | None = None
     preview: bool = False
 
@@ -61,6 +75,8 @@ class DistillConfig:
             )
         if self.max_swap_layers is not None and self.max_swap_layers < self.min_swap_layers:
             raise ValueError(f"max_swap_layers {self.max_swap_layers} is below min_swap_layers {self.min_swap_layers}")
+        if self.heldout_period < 0:
+            raise ValueError(f"heldout_period must not be negative, got {self.heldout_period}")
         if self.maximum_updates is not None and self.maximum_updates < 0:
             raise ValueError(f"maximum_updates must not be negative, got {self.maximum_updates}")
 
@@ -70,19 +86,24 @@ class Distiller:
 
     Works inside ``torch.inference_mode()`` and never changes the host's tensors or model. A training error never costs
     the image: training stops, the teacher goes on answering, and ``raise_pending`` raises the error when the caller
-    asks for it. Running out of memory takes a ``MemoryLadder`` down instead. Two runs with one seed on equal calls give
-    equal students.
+    asks for it. A layer that runs out of memory takes its ``MemoryLadder`` down instead, until the next run. Two runs
+    with one seed on equal calls give equal students, and what a layer learns does not depend on which others learn
+    beside it as long as the replay budget holds them all.
 
     Args:
         bank: The students; trained in place.
         readiness: Gets held-out distances, measured on each call before it is trained on.
         config: Settings.
-        seed: Which queries, layers and samples are drawn.
+        seed: Which queries, layers and samples are drawn; ``None`` = that of the state that is loaded, else 0.
+        layers: Which layers of the bank to train; ``None`` = all.
+        worker: Which of several processes that learn from different images; each draws its own queries.
         sinks: Get one row per trained layer at the end of every run.
 
     Attributes:
         metrics: The latest rows.
         declined: How often which reason kept a call from being captured.
+        exchange: Called at the end of every run with its measurements; what it returns reaches the readiness.
+            ``None`` = each measurement reaches it at once.
     """
 
     def __init__(
@@ -91,26 +112,30 @@ class Distiller:
         readiness: ReadinessTracker,
         config: DistillConfig | None = None,
         *,
-        seed: int = 0,
+        seed: int | None = None,
+        layers: Collection[LayerKey] | None = None,
+        worker: int = 0,
         sinks: Sequence[MetricSink] = (),
     ) -> None:
         self.bank = bank
         self.readiness = readiness
         self.config = config or DistillConfig()
-        self.seed = seed
+        self._seed_given = seed is not None
+        self.seed = seed or 0
+        self.layers = tuple(layer for layer in bank.layers if layers is None or layer in layers)
+        self.worker = worker
         self.sinks = tuple(sinks)
         self.replay = ReplayBuffer(self.config.replay_bytes)
-        self.ladder = MemoryLadder()
         self.metrics: deque[dict[str, MetricValue]] = deque(maxlen=10_000)
         self.declined: Counter[str] = Counter()
         self.runs = 0
+        self.exchange: Callable[[list[Measurement]], list[Measurement]] | None = None
+        self._measured: list[Measurement] = []
         self._backend = StudentBackend(bank)
         self._layers: dict[LayerKey, LayerTraining] = {}
-        self._generators = {name: stream(seed, name) for name in _STREAMS}
+        self._steps = self._step_draw(self.seed)
         self._error: Exception | None = None
-        self._step: tuple[StepContext | None, int] | None = None
-        self._swap: frozenset[LayerKey] = frozenset()
-        self._seen: Counter[LayerKey] = Counter()
+        self._said: set[tuple[LayerKey, int]] = set()
 
     @property
     def updates(self) -> int:
@@ -121,7 +146,8 @@ class Distiller:
     def learning(self) -> bool:
         """Whether training goes on: no error, memory left, and the number of updates not reached."""
         limit = self.config.maximum_updates
-        return self._error is None and not self.ladder.off and (limit is None or self.updates < limit)
+        off = bool(self._layers) and all(self._off(layer) for layer in self.layers)
+        return self._error is None and not off and (limit is None or self.updates < limit)
 
     def __call__(self, call: AttentionCall, native: NativeAttention) -> Tensor:
         """Answer a call, ``[B, H, Nq, Dv]``, with ``native`` or, in a preview, with a ready student."""
@@ -130,28 +156,53 @@ class Distiller:
         if reason is not None or call.layer is None or call.layout is None:
             self.declined[reason or "the call has no layer"] += 1
             return teacher
-        if self.learning and call.layer in self._drawn_layers(call.layer, call.step):
-            self._learn_safely(call, teacher, call.layer, call.layout)
-        if self.config.preview and self.readiness.ready(call.layer):
+        layer, layout = call.layer, call.layout
+        drawn = self._steps.layers(layer, call.step) if self.learning else ()
+        if layer in drawn and layer in self.layers:
+            self._safely(layer, lambda: self._learn(call, teacher, layer, layout))
+        if self.config.preview and self.readiness.ready(layer):
             try:
                 return self._backend(call)
             except torch.OutOfMemoryError:
                 self.declined["out of memory"] += 1
         return teacher
 
+    def study(self, sample: ReplaySample) -> None:
+        """Learn from a sample captured earlier, or measure the student on it if the sample is not trainable.
+
+        Errors and memory are dealt with as in a call. Works between ``begin_run`` and ``end_run``.
+        """
+
+        def work() -> None:
+            state = self.layer_training(sample.layer)
+            moved = sample.moved(next(state.student.parameters()).device)
+            if sample.trainable:
+                state.update(moved)
+            else:
+                state.held_back += 1
+                self._measure(state, moved)
+
+        if self.learning:
+            self._safely(sample.layer, work)
+
     def begin_run(self) -> None:
         """A sampling run starts."""
-        self._step = None
-        self._seen.clear()
+        self._steps.begin_run()
         for state in self._layers.values():
             state.start_run()
 
     def end_run(self) -> None:
         """The run is over: fold its held-out distances into the readiness and write one row per trained layer."""
         self.runs += 1
+        if self.exchange is not None:
+            measured, self._measured = self.exchange(self._measured), []
+            for measurement in measured:
+                self.readiness.observe(*measurement)
         self.readiness.flush()
         rows = [
-            state.row(self.readiness[layer]) | {"run": self.runs, "replay_bytes": self.replay.layer_bytes(layer)}
+            state.row(self.readiness[layer])
+            | {"run": self.runs, "replay_bytes": self.replay.layer_bytes(layer)}
+            | {"layers_swapped": self._steps.number, "layers_total": len(self.bank)}
             for layer, state in sorted(self._layers.items())
             if state.heldout
         ]
@@ -169,33 +220,41 @@ class Distiller:
             error, self._error = self._error, None
             raise error
 
-    def finish(self) -> dict[LayerKey, bool]:
+    def finish(self, samples: Callable[[LayerKey], Iterable[ReplaySample]] | None = None) -> dict[LayerKey, bool]:
         """End training: for each student with a training-free form keep the better of the two.
 
-        Both are measured on the held-out queries of the layer's replay samples; the trained one stays only if its mean
-        cosine distance is at least one percent smaller, since less than that may turn around on other prompts. The
-        readiness of a layer whose student is reset starts anew from what was measured.
+        See ``keep_better_form``. The readiness of a layer whose student is reset starts anew from what was measured.
+
+        Args:
+            samples: Gives the samples of a layer; ``None`` = those of the replay.
 
         Returns:
             For each such layer whether the trained form was kept.
         """
         kept: dict[LayerKey, bool] = {}
         with training_mode():
-            for layer in self.bank.layers:
-                initial = self.bank[layer].untrained()
-                if initial is None or not self.replay.samples(layer):
+            for layer in self.layers:
+                student = self.bank[layer]
+                found = tuple((samples or self.replay.samples)(layer)) if student.untrained() is not None else ()
+                if not found:
                     continue
-                trained = {name: value.clone() for name, value in self.bank[layer].state_dict().items()}
-                trained_distance, _ = self._distance(layer)
-                self.bank[layer].load_state_dict(initial)
-                initial_distance = self._distance(layer)
-                kept[layer] = trained_distance < _WORTH_KEEPING * initial_distance[0]
-                if kept[layer]:
-                    self.bank[layer].load_state_dict(trained)
-                else:
-                    self.readiness.replace(layer, *initial_distance)
+                kept[layer], distance = keep_better_form(student, found)
+                if not kept[layer]:
+                    self.readiness.replace(layer, *distance)
                     self._layers.pop(layer, None)
         return kept
+
+    def layer_training(self, layer: LayerKey) -> LayerTraining:
+        """Return what training keeps of a layer, begun if it is the first time; call it inside ``training_mode``."""
+        if layer not in self._layers:
+            self._layers[layer] = LayerTraining.start(
+                layer, self.bank[layer], self.config.update, seed=self.seed, worker=self.worker
+            )
+        return self._layers[layer]
+
+    def layer_states(self) -> dict[LayerKey, LayerState]:
+        """Return what training keeps of each layer begun so far, as tensors on the CPU and counters."""
+        return {layer: state.state() for layer, state in sorted(self._layers.items())}
 
     def state_dict(self, *, include_replay: bool = True) -> SavedState:
         """Return all that training needs to go on exactly, taken between two runs.
@@ -203,18 +262,15 @@ class Distiller:
         The students and the readiness have their own state; metrics are not part of it. Without the replay samples
         training goes on, but not with the same numbers.
         """
-        tensors: dict[str, Tensor] = {}
-        for layer, state in sorted(self._layers.items()):
-            tensors |= {f"optim/{layer}.{name}": value for name, value in state.tensors().items()}
-        tensors |= {f"optim/rng.{name}": generator.get_state() for name, generator in self._generators.items()}
+        states = {str(layer): state for layer, state in self.layer_states().items()}
+        tensors = {f"optim/rng.{name}": value for name, value in self._steps.tensors().items()}
+        for name, (own, _) in states.items():
+            tensors |= {f"optim/{name}.{entry}": value for entry, value in own.items()}
         facts: dict[str, object] = {
             "seed": self.seed,
             "runs": self.runs,
-            "rung": self.ladder.rung,
-            "layers": {
-                str(layer): {name: getattr(state, name) for name in COUNTERS}
-                for layer, state in sorted(self._layers.items())
-            },
+            "steps": self._steps.facts(),
+            "layers": {name: counters for name, (_, counters) in states.items()},
             "replay": None,
         }
         if include_replay:
@@ -226,18 +282,22 @@ class Distiller:
     def load_state_dict(self, state: SavedState) -> None:
         """Go on where ``state_dict`` was taken. Settings such as the learning rate stay those of this distiller.
 
-        The bank and the readiness are loaded by the caller.
+        With another seed than the state's, what was learned goes on under fresh draws of the seed given here. The bank
+        and the readiness are loaded by the caller.
 
         Raises:
             ValueError: The state names a layer the bank lacks, or is malformed; use this distiller no further then.
         """
         tensors = dict(state.tensors)
-        for name, generator in self._generators.items():
-            if f"optim/rng.{name}" not in tensors:
-                raise ValueError(f"the state lacks the random stream {name!r}")
-            generator.set_state(tensors.pop(f"optim/rng.{name}").cpu())
+        saved, self.runs = integer(state.facts, "seed"), integer(state.facts, "runs")
+        self.seed = self.seed if self._seed_given else saved
+        redrawn = self.seed != saved
+        self._steps = self._step_draw(self.seed)
+        streams = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optim/rng.")}
+        named = {name.removeprefix("optim/rng."): value for name, value in streams.items()}
+        self._steps.restore(self._steps.tensors() if redrawn else named, mapping(state.facts, "steps"))
         replay = {name: tensors.pop(name) for name in list(tensors) if name.startswith("replay/")}
-        layers: dict[LayerKey, LayerTraining] = {}
+        self._layers = {}
         with training_mode():
             for name, entry in mapping(state.facts, "layers").items():
                 layer = LayerKey.parse(name)
@@ -245,88 +305,89 @@ class Distiller:
                     raise ValueError(f"the state trains layer {layer}, which the bank lacks")
                 prefix = f"optim/{layer}."
                 own = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-                layers[layer] = LayerTraining.start(layer, self.bank[layer], self.config.update)
-                layers[layer].restore(own, mapping({name: entry}, name))
+                if redrawn:
+                    own = {name: value for name, value in own.items() if not name.startswith("rng.")}
+                self.layer_training(layer).restore(own, mapping({name: entry}, name))
             if tensors:
                 raise ValueError(f"the state has tensors of no layer: {', '.join(sorted(tensors)[:5])}")
             if state.facts.get("replay") is not None:
                 load_replay(self.replay, replay, mapping(state.facts, "replay"))
-        self._layers = layers
-        self.seed, self.runs = integer(state.facts, "seed"), integer(state.facts, "runs")
-        self.ladder = MemoryLadder(integer(state.facts, "rung"))
 
-    def _drawn_layers(self, layer: LayerKey, step: StepContext | None) -> frozenset[LayerKey]:
-        """Return the layers to train in this diffusion step, drawn at its first call."""
-        # Without a step from the host, a layer that comes again begins the next one.
-        passes = 0 if step is not None else self._seen[layer]
-        self._seen[layer] += 1
-        if (step, passes) != self._step:
-            self._step = (step, passes)
-            count = len(self.bank)
-            most = count if self.config.max_swap_layers is None else min(count, self.config.max_swap_layers)
-            least = min(most, self.config.min_swap_layers)
-            generator = self._generators["layers"]
-            number = int(torch.randint(least, most + 1, (1,), generator=generator))
-            order = torch.randperm(count, generator=generator)[:number].tolist()
-            self._swap = frozenset(self.bank.layers[position] for position in order)
-        return self._swap
+    def _step_draw(self, seed: int) -> StepDraw:
+        config = self.config
+        return StepDraw(
+            self.bank.layers,
+            least=config.min_swap_layers,
+            most=config.max_swap_layers,
+            period=config.heldout_period,
+            seed=seed,
+        )
 
-    def _learn_safely(self, call: AttentionCall, teacher: Tensor, layer: LayerKey, layout: TokenLayout) -> None:
+    def _off(self, layer: LayerKey) -> bool:
+        return layer in self._layers and self._layers[layer].ladder.off
+
+    def _safely(self, layer: LayerKey, work: Callable[[], None]) -> None:
+        """Train; running out of memory costs a rung, any other error ends training, neither ends the caller's run."""
+        if self._off(layer):
+            return
         exhausted = False
         try:
             with training_mode():
-                self._learn(call, teacher, layer, layout)
-        except torch.OutOfMemoryError:
-            # Dealt with below: here the traceback still holds the tensors of the failed attempt.
-            exhausted = True
+                work()
         except _TRAINING_ERRORS as error:
-            self._error = error
-            logger.warning("training stopped at layer %s, the teacher answers: %s", layer, error)
+            # Dealt with below: here the traceback still holds the tensors of the failed attempt.
+            exhausted = is_out_of_memory(error)
+            if not exhausted:
+                self._error = error
+                logger.warning("training stopped at layer %s, the teacher answers: %s", layer, error)
         if exhausted:
-            self.replay.clear(layer)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            logger.warning("out of memory while training layer %s: %s", layer, self.ladder.step_down())
+            self._step_down(layer)
+
+    def _step_down(self, layer: LayerKey) -> None:
+        with training_mode():
+            ladder = self.layer_training(layer).ladder
+        sentence = ladder.step_down()
+        if ladder.kept_samples is not None:
+            self.replay.clear(layer, keep=ladder.kept_samples)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if (layer, ladder.rung) not in self._said:
+            self._said.add((layer, ladder.rung))
+            logger.warning("out of memory while training layer %s: %s", layer, sentence)
 
     def _learn(self, call: AttentionCall, teacher: Tensor, layer: LayerKey, layout: TokenLayout) -> None:
-        student, state = self.bank[layer], self._training(layer)
+        state = self.layer_training(layer)
         with torch.no_grad():
-            selection = student.select(call)
-        sample = capture(
-            call,
-            teacher,
-            layer,
-            layout,
-            selection,
-            replace(self.config.capture, query_cap=self.ladder.queries(self.config.capture.query_cap)),
-            seed=self.seed,
-            generator=self._generators["queries"],
-        )
+            selection = state.student.select(call)
+        config = replace(self.config.capture, query_cap=state.ladder.queries(self.config.capture.query_cap))
+        queries = state.generators["queries"]
+        sample = capture(call, teacher, layer, layout, selection, config, seed=self.seed, generator=queries)
         if sample is None:
             state.refused += 1
             return
-        self.replay.add(sample)
-        distance = measure_heldout(student, sample.moved(call.k.device))
-        state.heldout.append(distance)
-        self.readiness.observe(layer, *distance)
+        sample = replace(sample, trainable=not self._steps.heldout)
+        self._store(sample, state)
+        moved = sample.moved(call.k.device)
+        self._measure(state, moved)
+        if not sample.trainable:
+            state.held_back += 1
+            return
+        for _ in range(config.query_draws - 1):
+            self._store(redraw(sample, call, teacher, config, seed=self.seed, generator=queries), state)
         for _ in range(self.config.train_steps_per_call):
-            drawn = self.replay.draw(layer, self._generators["replay"])
+            drawn = self.replay.draw(layer, state.generators["replay"])
             if drawn is None or not self.learning:
                 return
-            rows = self.ladder.rows(drawn.k.shape[0], self._generators["replay"])
-            moved = drawn.moved(call.k.device, rows)
-            result = update_student(student, state.loss, state.optimizer, moved, self.config.update)
-            state.results.append(result)
-            state.updates += not result.skipped
-            state.skipped += result.skipped
+            state.update(moved if drawn is sample else drawn.moved(call.k.device))
 
-    def _training(self, layer: LayerKey) -> LayerTraining:
-        if layer not in self._layers:
-            self._layers[layer] = LayerTraining.start(layer, self.bank[layer], self.config.update)
-        return self._layers[layer]
+    def _store(self, sample: ReplaySample, state: LayerTraining) -> None:
+        self.replay.add(sample)
+        if state.ladder.kept_samples is not None:
+            self.replay.clear(sample.layer, keep=state.ladder.kept_samples)
 
-    def _distance(self, layer: LayerKey) -> tuple[float, float]:
-        device = next(self.bank[layer].parameters()).device
-        samples = self.replay.samples(layer)
-        pairs = [measure_heldout(self.bank[layer], sample.moved(device)) for sample in samples]
-        return sum(pair[0] for pair in pairs) / len(pairs), sum(pair[1] for pair in pairs) / len(pairs)
+    def _measure(self, state: LayerTraining, sample: ReplaySample) -> None:
+        measurement = (state.layer, *state.measure(sample))
+        if self.exchange is None:
+            self.readiness.observe(*measurement)
+        else:
+            self._measured.append(measurement)

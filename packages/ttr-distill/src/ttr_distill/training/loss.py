@@ -18,11 +18,13 @@ class LossTerms(NamedTuple):
         total: What is minimised.
         huber: Mean smooth L1 distance.
         cosine: Mean cosine distance per token and head.
+        mse: Mean squared distance, without gradient; not part of the total.
     """
 
     total: Tensor
     huber: Tensor
     cosine: Tensor
+    mse: Tensor
 
 
 class DistillLoss(nn.Module):
@@ -55,7 +57,9 @@ class DistillLoss(nn.Module):
         total = torch.zeros_like(huber)
         for term, log_var in ((huber, self.log_var_huber), (cosine, self.log_var_cosine)):
             total = total + 0.5 * (term * torch.exp(-log_var) + log_var)
-        return LossTerms(total, huber, cosine)
+        with torch.no_grad():
+            mse = weighted_mean((output - target).square().mean(dim=-1), weight)
+        return LossTerms(total, huber, cosine, mse)
 
     def clamp(self) -> None:
         """Bring the log-variances back into ``LOG_VAR_RANGE``; call it after every step."""

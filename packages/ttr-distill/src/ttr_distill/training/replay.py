@@ -1,15 +1,15 @@
 """Captured attention calls, kept within one budget of bytes."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from attn_dispatch import AttentionCall, LayerKey, StepContext, TokenLayout
 from attn_kernels import TokenGrid
 from torch import Tensor
 
-from ttr_distill.grad import plain
+from ttr_distill.training.offload import Arrival
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,8 @@ class ReplaySample:
         step: Diffusion step of the call.
         key_mask: ``[B, Nk]`` bool, True = keep.
         selection: What the student chose for the whole call; see ``StudentAttention.select``.
+        trainable: False for a call of a held-out diffusion step: it is measured on, never trained on.
+        arrival: When the tensors have reached host memory; ``None`` = they have.
     """
 
     layer: LayerKey
@@ -54,11 +56,13 @@ class ReplaySample:
     step: StepContext | None = None
     key_mask: Tensor | None = None
     selection: Tensor | None = None
+    trainable: bool = True
+    arrival: Arrival | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+        return sum(_bytes(tensor) for tensor in self._tensors().values())
 
     def call(self, queries: Queries) -> AttentionCall:
         """Return the attention call of some of the sample's queries."""
@@ -74,19 +78,26 @@ class ReplaySample:
         )
 
     def moved(self, device: torch.device, rows: slice = slice(None)) -> "ReplaySample":
-        """Copy the sample in float32 to a device; call it inside ``training_mode``.
+        """Give the sample in float32 on a device; call it inside ``training_mode``.
+
+        What is there in float32 already is not copied: nothing that trains changes a sample. Pinned host memory is
+        read while the device goes on computing.
 
         Args:
             device: Where the student lives.
             rows: Batch rows to take.
         """
+        if self.arrival is not None:
+            self.arrival.before_use_on(device)
+
+        def there(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=tensor.device.type == "cpu" and tensor.is_pinned())
 
         def floats(tensor: Tensor) -> Tensor:
-            return plain(tensor[rows], dtype=torch.float32, device=device)
+            return there(tensor[rows]).to(torch.float32)
 
         def some(queries: Queries) -> Queries:
-            positions = plain(queries.positions, device=device)
-            return Queries(floats(queries.q), floats(queries.target), positions)
+            return Queries(floats(queries.q), floats(queries.target), there(queries.positions))
 
         return replace(
             self,
@@ -94,12 +105,18 @@ class ReplaySample:
             v=floats(self.v),
             train=some(self.train),
             heldout=some(self.heldout),
-            key_mask=None if self.key_mask is None else plain(self.key_mask[rows], device=device),
-            selection=None if self.selection is None else plain(self.selection[rows], device=device),
+            key_mask=None if self.key_mask is None else there(self.key_mask[rows]),
+            selection=None if self.selection is None else there(self.selection[rows]),
+            arrival=None,
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name."""
+        """Return all tensors by name; waits until they have arrived."""
+        if self.arrival is not None:
+            self.arrival.wait()
+        return self._tensors()
+
+    def _tensors(self) -> dict[str, Tensor]:
         named = {"k": self.k, "v": self.v, "key_mask": self.key_mask, "selection": self.selection}
         for name, queries in (("train", self.train), ("heldout", self.heldout)):
             named |= {f"{name}.{item.name}": getattr(queries, item.name) for item in fields(Queries)}
@@ -111,6 +128,7 @@ class ReplaySample:
         return {
             "layer": str(self.layer),
             "scale": self.scale,
+            "trainable": self.trainable,
             "layout": {
                 "length": layout.length,
                 "text": [list(span) for span in layout.text],
@@ -150,6 +168,7 @@ class ReplaySample:
                 step=StepContext(step[0], step[1], tuple(step[2]), tuple(step[3])) if isinstance(step, list) else None,
                 key_mask=tensors.get("key_mask"),
                 selection=tensors.get("selection"),
+                trainable=bool(facts.get("trainable", True)),
             )
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"a replay sample cannot be rebuilt: {error!r}") from error
@@ -159,6 +178,7 @@ class ReplayBuffer:
     """Samples of all layers within one budget of bytes.
 
     When room is needed, the layer with the most bytes loses its oldest sample, so that no layer pushes out another.
+    A tensor that several samples share, such as the keys and values of one call, counts once.
 
     Args:
         budget_bytes: The budget; positive.
@@ -170,6 +190,7 @@ class ReplayBuffer:
         self.budget_bytes = budget_bytes
         self._samples: dict[LayerKey, deque[tuple[int, ReplaySample]]] = {}
         self._bytes: dict[LayerKey, int] = {}
+        self._users: Counter[int] = Counter()
         self._added = 0
 
     @property
@@ -189,20 +210,19 @@ class ReplayBuffer:
                 f"one replay sample of layer {sample.layer} takes {size} bytes, the budget is {self.budget_bytes}; "
                 f"set replay_bytes to at least {size}, or lower query_cap"
             )
-        incoming = {sample.layer: size}
-        while self.nbytes + size > self.budget_bytes:
-            self._evict(incoming)
+        while self.nbytes + self._growth(sample) > self.budget_bytes:
+            self._evict(sample)
         self._samples.setdefault(sample.layer, deque()).append((self._added, sample))
-        self._bytes[sample.layer] = self._bytes.get(sample.layer, 0) + size
+        self._bytes[sample.layer] = self._bytes.get(sample.layer, 0) + self._growth(sample)
+        self._users.update(id(tensor) for tensor in sample._tensors().values())
         self._added += 1
 
     def draw(self, layer: LayerKey, generator: torch.Generator) -> ReplaySample | None:
-        """Return one of the layer's samples, each equally likely; ``None`` if there is none."""
-        stored = self._samples.get(layer)
+        """Return one of the layer's trainable samples, each equally likely; ``None`` if there is none."""
+        stored = [sample for _, sample in self._samples.get(layer, ()) if sample.trainable]
         if not stored:
             return None
-        choice = int(torch.randint(len(stored), (1,), generator=generator))
-        return stored[choice][1]
+        return stored[int(torch.randint(len(stored), (1,), generator=generator))]
 
     def samples(self, layer: LayerKey | None = None) -> tuple[ReplaySample, ...]:
         """Return the samples of a layer, or all, oldest first."""
@@ -213,11 +233,11 @@ class ReplayBuffer:
         """Bytes of the samples of a layer."""
         return self._bytes.get(layer, 0)
 
-    def clear(self, layer: LayerKey | None = None) -> None:
-        """Drop the samples of a layer, or all."""
+    def clear(self, layer: LayerKey | None = None, *, keep: int = 0) -> None:
+        """Drop the samples of a layer, or of all, but the newest ``keep`` of each."""
         for key in list(self._samples) if layer is None else [layer]:
-            self._samples.pop(key, None)
-            self._bytes.pop(key, None)
+            while len(self._samples.get(key, ())) > keep:
+                self._drop_oldest(key)
 
     def restore(self, samples: Iterable[ReplaySample]) -> None:
         """Replace the contents by these samples, oldest first."""
@@ -225,20 +245,34 @@ class ReplayBuffer:
         for sample in samples:
             self.add(sample)
 
-    def _evict(self, incoming: Mapping[LayerKey, int]) -> None:
+    def _growth(self, sample: ReplaySample) -> int:
+        """Bytes of the tensors that no stored sample has."""
+        return sum(_bytes(tensor) for tensor in sample._tensors().values() if not self._users[id(tensor)])
+
+    def _evict(self, incoming: ReplaySample) -> None:
+        growth = self._growth(incoming)
+
         def weight(layer: LayerKey) -> tuple[int, int]:
             oldest = self._samples[layer][0][0]
-            return self._bytes[layer] + incoming.get(layer, 0), -oldest
+            return self._bytes[layer] + (growth if layer == incoming.layer else 0), -oldest
 
-        victim = max(self._samples, key=weight)
-        _, sample = self._samples[victim].popleft()
-        self._bytes[victim] -= sample.nbytes
-        if not self._samples[victim]:
-            self.clear(victim)
+        self._drop_oldest(max(self._samples, key=weight))
+
+    def _drop_oldest(self, layer: LayerKey) -> None:
+        _, sample = self._samples[layer].popleft()
+        self._users.subtract(id(tensor) for tensor in sample._tensors().values())
+        self._users = +self._users
+        self._bytes[layer] -= self._growth(sample)
+        if not self._samples[layer]:
+            del self._samples[layer], self._bytes[layer]
 
 
 def _age(item: tuple[int, ReplaySample]) -> int:
     return item[0]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _grids(entries: Iterable[tuple[int, int, int]]) -> tuple[TokenGrid, ...]:

@@ -51,14 +51,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 
 
 def replay_state(buffer: ReplayBuffer) -> SavedState:
-    """Return all samples, oldest first."""
+    """Return all samples, oldest first; a tensor that several share is kept once."""
     samples = buffer.samples()
-    tensors = {
-        f"replay/{number}.{name}": tensor
-        for number, sample in enumerate(samples)
-        for name, tensor in sample.tensors().items()
-    }
-    return SavedState(tensors, {"samples": [sample.facts() for sample in samples]})
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    entries: list[dict[str, object]] = []
+    for number, sample in enumerate(samples):
+        shared: dict[str, str] = {}
+        for name, tensor in sample.tensors().items():
+            if id(tensor) in names:
+                shared[name] = names[id(tensor)]
+            else:
+                names[id(tensor)] = f"{number}.{name}"
+                tensors[f"replay/{number}.{name}"] = tensor
+        entries.append(sample.facts() | ({"shared": shared} if shared else {}))
+    return SavedState(tensors, {"samples": entries})
 
 
 def load_replay(buffer: ReplayBuffer, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
@@ -74,7 +81,13 @@ def load_replay(buffer: ReplayBuffer, tensors: Mapping[str, Tensor], facts: Mapp
     entries = facts["samples"]
     if not isinstance(entries, list) or set(parts) != {str(number) for number in range(len(entries))}:
         raise ValueError("the replay samples of the state do not match their descriptions")
-    buffer.restore(ReplaySample.from_parts(parts[str(number)], entry) for number, entry in enumerate(entries))
+    for index, entry in enumerate(entries):
+        for name, source in mapping({"shared": {}, **entry}, "shared").items():
+            owner, _, theirs = str(source).partition(".")
+            if theirs not in parts.get(owner, {}):
+                raise ValueError(f"replay sample {index} shares {name} with {source}, which the state lacks")
+            parts[str(index)][name] = parts[owner][theirs]
+    buffer.restore(ReplaySample.from_parts(parts[str(index)], entry) for index, entry in enumerate(entries))
 
 
 def integer(facts: Mapping[str, object], name: str) -> int:

@@ -1,7 +1,9 @@
 """One optimisation step of one student."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from attn_dispatch import AttentionCall
@@ -24,6 +26,10 @@ class UpdateConfig:
         weight_decay: AdamW weight decay of matrices; vectors and scalars have none.
         huber_beta: Where the smooth L1 distance turns linear, in units of the values.
         clip_norm: Largest gradient norm of a layer; 0 = no limit.
+        schedule: ``"constant"``, or ``"cosine"``: the steps of a layer shrink along half a cosine.
+        schedule_updates: Updates of a layer until a cosine schedule has reached its end.
+        final_rate: Share of the step that is left there.
+        average_decay: Serve, measure and save a moving average of the weights with this decay; 0 = the weights.
     """
 
     learning_rate: float = 1e-3
@@ -32,6 +38,10 @@ class UpdateConfig:
     weight_decay: float = 0.01
     huber_beta: float = 0.05
     clip_norm: float = 1.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    schedule_updates: int = 1000
+    final_rate: float = 0.1
+    average_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.learning_rate < math.inf:
@@ -41,6 +51,20 @@ class UpdateConfig:
         for name in ("alpha_rate_factor", "conditioner_rate_factor", "weight_decay", "clip_norm"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule must be constant or cosine, got {self.schedule!r}")
+        if self.schedule_updates < 1 or not 0.0 <= self.final_rate <= 1.0 or not 0.0 <= self.average_decay < 1.0:
+            raise ValueError(
+                "need schedule_updates >= 1, final_rate in [0, 1] and average_decay in [0, 1), got "
+                f"{self.schedule_updates}, {self.final_rate} and {self.average_decay}"
+            )
+
+    def rate(self, updates: int) -> float:
+        """Return by what the steps of a layer are multiplied after so many updates of it."""
+        if self.schedule == "constant":
+            return 1.0
+        progress = min(1.0, updates / self.schedule_updates)
+        return self.final_rate + (1.0 - self.final_rate) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)
@@ -51,6 +75,7 @@ class UpdateResult:
         loss: What was minimised, before the step.
         huber: Mean smooth L1 distance on the training queries.
         cosine: Mean cosine distance on the training queries.
+        mse: Mean squared distance on the training queries.
         gradient_norm: Before clipping.
         skipped: A number was not finite, and nothing was changed.
     """
@@ -58,12 +83,16 @@ class UpdateResult:
     loss: float
     huber: float
     cosine: float
+    mse: float
     gradient_norm: float
     skipped: bool
 
 
 def make_optimizer(student: StudentAttention, loss: DistillLoss, config: UpdateConfig) -> torch.optim.AdamW:
-    """Make the optimiser of a layer: matrices with weight decay; vectors, scalars and log-variances without."""
+    """Make the optimiser of a layer: matrices with weight decay; vectors, scalars and log-variances without.
+
+    One fused kernel updates all tensors of a group where the device has it.
+    """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     alpha: list[nn.Parameter] = []
@@ -82,7 +111,9 @@ def make_optimizer(student: StudentAttention, loss: DistillLoss, config: UpdateC
         {"params": alpha, "lr": rate * config.alpha_rate_factor, "weight_decay": 0.0},
         {"params": conditioner, "lr": rate * config.conditioner_rate_factor, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]])
+    used = [group | {"base_lr": group["lr"]} for group in groups if group["params"]]
+    devices = {parameter.device.type for parameter in (*student.parameters(), *loss.parameters())}
+    return torch.optim.AdamW(used, fused=True if devices <= {"cpu", "cuda"} else None)
 
 
 def update_student(
@@ -91,6 +122,9 @@ def update_student(
     optimizer: torch.optim.Optimizer,
     sample: ReplaySample,
     config: UpdateConfig,
+    *,
+    rate: float = 1.0,
+    query_chunk: int | None = None,
 ) -> UpdateResult:
     """Take one step on a sample's training queries; call it inside ``training_mode``.
 
@@ -102,17 +136,24 @@ def update_student(
         optimizer: From ``make_optimizer``.
         sample: In float32; see ``ReplaySample.moved``.
         config: How to step.
+        rate: Multiplies the learning rates; see ``UpdateConfig.rate``.
+        query_chunk: Add up the gradient over so many queries at a time, to save memory; ``None`` = all at once.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * rate
     optimizer.zero_grad(set_to_none=True)
     student.train()
     try:
-        output = student(sample.call(sample.train), query_positions=sample.train.positions, selection=sample.selection)
-        terms = loss(output, sample.train.target, kept_queries(sample, sample.train))
-        terms.total.backward()
+        sums = torch.zeros(4, device=sample.k.device)
+        for share, queries in _chunks(sample, query_chunk):
+            output = student(sample.call(queries), query_positions=queries.positions, selection=sample.selection)
+            terms = loss(output, queries.target, kept_queries(sample, queries))
+            (terms.total * share).backward()
+            sums += torch.stack([term.detach() * share for term in terms])
         limit = config.clip_norm if config.clip_norm > 0.0 else math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        total, huber, cosine, size = torch.stack([*(term.detach() for term in terms), norm.detach()]).tolist()
+        total, huber, cosine, mse, size = torch.cat([sums, norm.detach()[None]]).tolist()
         skipped = not (math.isfinite(total) and math.isfinite(size))
         if not skipped:
             optimizer.step()
@@ -120,7 +161,24 @@ def update_student(
     finally:
         optimizer.zero_grad(set_to_none=True)
         student.eval()
-    return UpdateResult(total, huber, cosine, size, skipped)
+    return UpdateResult(total, huber, cosine, mse, size, skipped)
+
+
+def _chunks(sample: ReplaySample, size: int | None) -> Iterator[tuple[Tensor | float, Queries]]:
+    """Yield the training queries in parts, each with its share of the queries that count."""
+    whole = sample.train
+    count = whole.positions.numel()
+    if size is None or size >= count:
+        yield 1.0, whole
+        return
+    keep = kept_queries(sample, whole)
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        queries = Queries(whole.q[:, :, part], whole.target[:, :, part], whole.positions[part])
+        if keep is None:
+            yield queries.positions.numel() / count, queries
+        else:
+            yield keep[:, part].sum() / keep.sum().clamp_min(1), queries
 
 
 def measure_heldout(student: StudentAttention, sample: ReplaySample) -> tuple[float, float]:
