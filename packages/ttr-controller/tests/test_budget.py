@@ -113,3 +113,21 @@ def test_wrong_arguments_are_named():
         budget.top_k_mask(torch.zeros(2, 3), 1, eligible=torch.ones(3))
     with pytest.raises(ValueError, match="no layer is eligible"):
         budget.full_share(torch.ones(2, 3, dtype=torch.bool), eligible=torch.zeros(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.9])
+def test_a_tilt_meets_the_expected_cost_and_moves_dear_attentions_most(target):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, 3, generator=generator)
+    logits[..., 2] = 0.0
+    costs = torch.tensor([[4.0, 2.0, 0.4], [1.0, 0.5, 0.1], [1.0, 0.5, 0.1]])
+    eligible = torch.tensor([True, True, False])
+    tilt = budget.tilt_to_cost(logits, costs, target, eligible=eligible)
+    p = torch.softmax(logits + tilt, dim=2)[:, eligible]
+    assert ((p * costs[eligible]).sum() / (5 * 5.0)).item() == pytest.approx(target, abs=1e-4)
+    assert (tilt[:, 2] == 0.0).all()
+    assert torch.allclose(tilt[0], 4 * tilt[1])
+    two = budget.tilt_to_cost(logits[..., 0], costs[:, [0, 2]], target)
+    p = torch.sigmoid(logits[..., 0] + two[:, 0])
+    spent = (p * costs[:, 0] + (1 - p) * costs[:, 2]).sum() / (5 * 6.0)
+    assert spent.item() == pytest.approx(target, abs=1e-4)

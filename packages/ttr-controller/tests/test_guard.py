@@ -72,7 +72,7 @@ def test_one_mask_per_step_kept_for_all_layers_and_redrawn_in_the_next_run():
         first = ask_all(guard)
         other = ask_all(guard, StepContext(0.3, 3.0, (4, 4)))
         assert ask_all(guard) == first
-        assert guard.trajectory.actions == (tuple(first), tuple(other))
+        assert guard.trajectory.mask().tolist() == [first, other]
         guard.end_run()
         assert len(guard.trajectory.contexts) == 2
         runs.append(tuple(first))
@@ -127,7 +127,7 @@ def test_ineligible_layers_are_always_full(mode):
     for _ in range(5):
         guard.begin_run()
         assert ask_all(guard) == [False, True, False, True]
-        assert guard.trajectory.actions == ((False, True, False, True),)
+        assert guard.trajectory.mask().tolist() == [[False, True, False, True]]
     assert guard(call(1)) == guards.NOT_ELIGIBLE
 
 

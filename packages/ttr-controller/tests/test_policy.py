@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from attn_dispatch import StepContext
+from ttr_controller.inputs import StepInputs
 from ttr_controller.policy import PolicyConfig, RoutingPolicy, fit_policy_to_scores
 
 STEPS = [StepContext(sigma, 3.0, (32, 48)) for sigma in (1.0, 0.9, 0.75, 0.5, 0.2)]
@@ -128,3 +129,43 @@ def test_settings_are_checked(values):
         PolicyConfig(**values)
     with pytest.raises(ValueError, match="at least one layer"):
         RoutingPolicy(0)
+
+
+def test_further_inputs_move_the_answer_and_are_checked():
+    config = PolicyConfig(embed_dim=16, hidden_dim=32, text_width=4, previous_error=True)
+    policy = RoutingPolicy(3, config, seed=0)
+    step = StepContext(0.5, 3.0, (8, 8))
+    plain_answer = policy(step)
+    words = [policy(step, StepInputs(text=torch.full((4,), float(sign)))) for sign in (-1, 1)]
+    errors = [policy(step, StepInputs(previous_error=torch.full((3,), size))) for size in (1e-3, 1e-1)]
+    for one, other in ((words[0], words[1]), (errors[0], errors[1]), (plain_answer, words[0])):
+        assert (one - other).abs().max() > 0.02
+    with pytest.raises(ValueError, match=r"text of width 4, got \(3,\)"):
+        policy(step, StepInputs(text=torch.zeros(3)))
+    with pytest.raises(ValueError, match="text_width"):
+        PolicyConfig(text_width=-1)
+
+
+def test_further_inputs_leave_names_and_sizes_of_the_rest():
+    names = {name: tensor.shape for name, tensor in RoutingPolicy(3, seed=0).state_dict().items()}
+    more = RoutingPolicy(3, PolicyConfig(text_width=4, previous_error=True), seed=0).state_dict()
+    assert {name: more[name].shape for name in names} == names
+    assert set(more) - set(names) == {
+        f"{part}_embed.{kind}" for part in ("text", "error") for kind in ("weight", "bias")
+    }
+
+
+def test_several_alternatives_have_a_logit_each_and_the_last_one_zero():
+    policy = RoutingPolicy(4, PolicyConfig(embed_dim=16, hidden_dim=32), seed=0, actions=3)
+    steps = [StepContext(s, 3.0, (8, 8)) for s in (0.9, 0.2)]
+    before = policy.logits(steps).detach()
+    assert before.shape == (2, 4, 3)
+    assert (before[..., 2] == 0.0).all()
+    policy.shift(0.7)
+    moved = policy.logits(steps).detach() - before
+    assert torch.allclose(moved[..., 0], torch.full((2, 4), 0.7), atol=1e-6)
+    assert moved[..., 1:].abs().max() == 0.0
+    with pytest.raises(ValueError, match="one layer and two actions"):
+        RoutingPolicy(4, actions=1)
+    with pytest.raises(ValueError, match="one alternative"):
+        fit_policy_to_scores(policy, steps, torch.rand(2, 4))

@@ -3,7 +3,16 @@ from itertools import product
 
 import pytest
 import torch
-from ttr_controller.reinforce import bernoulli_log_prob, entropy, leave_one_out_advantage, policy_loss
+from ttr_controller.reinforce import (
+    EmaBaseline,
+    bernoulli_log_prob,
+    categorical_entropy,
+    categorical_log_prob,
+    entropy,
+    leave_one_out_advantage,
+    policy_loss,
+    sigma_weights,
+)
 
 
 def test_log_prob_is_that_of_independent_coins():
@@ -105,3 +114,68 @@ def test_wrong_shapes_are_named():
         bernoulli_log_prob(torch.zeros(3), torch.zeros(3), torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"both be \[K\]"):
         policy_loss(torch.zeros(3), torch.zeros(2), torch.zeros(()))
+
+
+def test_one_alternative_of_logit_zero_makes_the_categorical_a_bernoulli():
+    logits = torch.tensor([[0.3, -2.0], [1.5, 0.0]])
+    full = torch.tensor([[True, False], [False, True]])
+    pair = torch.stack([logits, torch.zeros_like(logits)], dim=-1)
+    torch.testing.assert_close(categorical_log_prob(pair, (~full).long()), bernoulli_log_prob(logits, full))
+    torch.testing.assert_close(categorical_entropy(pair), entropy(logits))
+
+
+def test_the_policy_gradient_of_two_layers_is_the_analytic_one():
+    """``d/dx E[R] = sum over actions of R(a) p(a) (a - p)``, over every action weighted by its chance."""
+    logits = torch.tensor([0.4, -0.7], dtype=torch.float64, requires_grad=True)
+    p = torch.sigmoid(logits.detach())
+    reward_of = {(0, 0): -1.0, (0, 1): 0.3, (1, 0): 2.0, (1, 1): -0.4}
+    expected = torch.zeros(2, dtype=torch.float64)
+    estimate = torch.zeros(2, dtype=torch.float64)
+    for actions, value in reward_of.items():
+        taken = torch.tensor(actions, dtype=torch.float64)
+        chance = torch.where(taken == 1, p, 1 - p).prod()
+        expected += value * chance * (taken - p)
+        loss = policy_loss(
+            bernoulli_log_prob(logits[None], taken[None].bool()),
+            torch.tensor([value], dtype=torch.float64),
+            entropy(logits[None]),
+        )
+        (gradient,) = torch.autograd.grad(loss, logits)
+        estimate -= chance * gradient
+    torch.testing.assert_close(estimate, expected)
+    mean = sum(
+        v * torch.where(torch.tensor(a) == 1, torch.sigmoid(logits), 1 - torch.sigmoid(logits)).prod()
+        for a, v in reward_of.items()
+    )
+    torch.testing.assert_close(torch.autograd.grad(mean, logits)[0], expected)
+
+
+def test_categorical_log_prob_and_entropy_leave_forbidden_actions_out():
+    logits = torch.tensor([[0.2, 1.0, -0.5], [0.7, 0.1, 3.0]], requires_grad=True)
+    allowed = torch.tensor([[True, True, False], [True, False, False]])
+    value = categorical_log_prob(logits, torch.tensor([1, 0]), allowed)
+    assert value.item() == pytest.approx(math.log(math.exp(1.0) / (math.exp(0.2) + math.exp(1.0))), rel=1e-5)
+    (value + categorical_entropy(logits, allowed)).backward()
+    assert logits.grad[0, 2] == 0.0
+    assert (logits.grad[1] == 0.0).all()
+    assert (logits.grad[0, :2] != 0.0).all()
+    p = torch.softmax(torch.tensor([0.2, 1.0]), 0)
+    assert categorical_entropy(logits, allowed).item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="no layer is eligible"):
+        categorical_entropy(logits, torch.tensor([[True, False, False]] * 2))
+    with pytest.raises(ValueError, match=r"allowed must be \[L, A\]"):
+        categorical_log_prob(logits, torch.tensor([1, 0]), allowed[:1])
+
+
+def test_running_mean_baseline_compares_with_what_came_before():
+    baseline = EmaBaseline(decay=0.5, floor=-0.3)
+    assert baseline.advantages(torch.tensor([-0.2])).tolist() == pytest.approx([-0.2])
+    assert baseline.value == pytest.approx(-0.2)
+    # The floor keeps the mean up, so that the advantage stays negative.
+    assert baseline.advantages(torch.tensor([-0.9, -0.9])).tolist() == pytest.approx([-0.7, -0.7])
+    assert baseline.value == pytest.approx(-0.275)
+    assert baseline.count == 3
+
+
+def test_sigma_weights_favour_late_steps():
+    assert sigma_weights([1.0, 0.5, 0.02]).tolist() == pytest.approx([0.1, 0.5, 0.98])

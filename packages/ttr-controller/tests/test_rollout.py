@@ -43,10 +43,11 @@ def test_settings_out_of_range_raise(threshold, temperature):
 
 
 def test_log_prob_uses_the_recorded_steps_threshold_and_temperature():
-    actions = ((True, False), (False, True), (True, True))
+    mask = torch.tensor([[True, False], [False, True], [True, True]])
+    actions = tuple(tuple(row) for row in (~mask).long().tolist())
     trajectory = Trajectory(STEPS, actions, threshold=0.3, temperature=1.7)
     p = torch.sigmoid((TABLE - math.log(0.3 / 0.7)) / 1.7)
-    expected = torch.where(torch.tensor(actions), p, 1 - p).log()
+    expected = torch.where(mask, p, 1 - p).log()
     assert trajectory_log_prob(table_policy, trajectory).item() == pytest.approx(expected.sum().item())
     eligible = torch.tensor([False, True])
     assert trajectory_log_prob(table_policy, trajectory, eligible).item() == pytest.approx(expected[:, 1].sum().item())

@@ -41,7 +41,7 @@ def test_the_known_best_subset_is_found():
 def test_constant_reward_leaves_every_probability_where_it_is():
     config = ControllerConfig(learning_rate=1e-3, rollouts=2, entropy_weight=0.0, reward=RewardConfig(lambda_eff=0.0))
     trainer, _ = toy_trainer(torch.zeros(1, 3), config)
-    trainer._calibrate()
+    trainer.calibrate()
     before = probabilities(trainer)
     for _ in trainer.fit(["a"], [0], 600):
         pass

@@ -179,6 +179,36 @@ def shift_to_share(logits: Tensor, share: float, *, eligible: Tensor | None = No
     return (low + high) / 2
 
 
+def tilt_to_cost(logits: Tensor, costs: Tensor, target: float, *, eligible: Tensor | None = None) -> Tensor:
+    """What to add to the logits of every step so that the expected relative cost is the wanted one.
+
+    Every attention's logit is moved in proportion to its cost in the layer: the dearer ones gain, or lose, together.
+
+    Args:
+        logits: ``[steps, L]``, or ``[steps, L, A]`` with several alternatives.
+        costs: ``[L, A]``, full attention at index 0.
+        target: Wanted expected cost relative to full attention in all eligible slots; kept within what is possible.
+        eligible: ``[L]`` bool; ``None``: all.
+
+    Returns:
+        ``[L, A]`` float32; the last alternative's column is 0.
+    """
+    wide = torch.stack([logits, torch.zeros_like(logits)], dim=2) if logits.ndim == 2 else logits
+    keep = torch.ones(wide.shape[1], dtype=torch.bool) if eligible is None else eligible
+    prices = costs.double() / costs[keep, 0].double().mean()
+    slopes = prices - prices[:, -1:]
+    chosen, whole = wide.double()[:, keep], float(prices[keep, 0].sum()) * wide.shape[0]
+    low, high = -200.0, 200.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        spent = torch.softmax(chosen + middle * slopes[keep], dim=2) * prices[keep]
+        if float(spent.sum()) < target * whole:
+            low = middle
+        else:
+            high = middle
+    return ((low + high) / 2 * slopes).float()
+
+
 def _eligible_slots(like: Tensor, eligible: Tensor | None) -> Tensor:
     """Expand ``[L]`` eligibility to the slots ``[steps, L]``."""
     if eligible is None:

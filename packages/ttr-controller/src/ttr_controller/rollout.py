@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -11,10 +11,8 @@ import torch
 from attn_dispatch.call import AttentionCall, AttentionHandler, LayerKey, NativeAttention, StepContext
 from torch import Tensor
 
-from ttr_controller.reinforce import bernoulli_log_prob
-
-LogitsOf = Callable[[StepContext], Tensor]
-"""A policy as this module sees it: one diffusion step to logits ``[L]``."""
+from ttr_controller.inputs import Policy, StepInputs, ask
+from ttr_controller.reinforce import bernoulli_log_prob, categorical_log_prob
 
 
 class Samples(Protocol):
@@ -85,25 +83,40 @@ class VelocityModel(Protocol):
         ...
 
 
+@runtime_checkable
+class GradientModel(VelocityModel, Protocol):
+    """A sampler whose single steps can be differentiated; what relaxed gates need."""
+
+    def gradient_velocity(self, latent: Tensor, step: int, prompts: Sequence[str], handler: AttentionHandler) -> Tensor:
+        """Velocity ``[B, N, C]`` as ``velocity`` gives it, with graph to the latent and to what the handler adds."""
+        ...
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """Steps of one rollout with the actions taken, and what is needed to score them again.
 
     Attributes:
         contexts: The diffusion steps in order of appearance, exactly as the policy saw them.
-        actions: ``[steps][L]``, True = full attention.
+        actions: ``[steps][L]``, number of the attention taken: 0 = full, then the alternatives.
+        inputs: Further inputs that the policy saw in each step; empty if it saw none.
         threshold: Decision threshold at which the actions were drawn.
         temperature: Temperature at which the actions were drawn.
     """
 
     contexts: tuple[StepContext, ...]
-    actions: tuple[tuple[bool, ...], ...]
+    actions: tuple[tuple[int, ...], ...]
+    inputs: tuple[StepInputs | None, ...] = ()
     threshold: float = 0.5
     temperature: float = 1.0
 
+    def choices(self) -> Tensor:
+        """Actions as ``[steps, L]`` int64."""
+        return torch.tensor(self.actions, dtype=torch.int64)
+
     def mask(self) -> Tensor:
-        """Actions as ``[steps, L]`` bool."""
-        return torch.tensor(self.actions, dtype=torch.bool)
+        """Where full attention ran, ``[steps, L]`` bool."""
+        return self.choices() == 0
 
 
 def decision_logits(logits: Tensor, threshold: float, temperature: float) -> Tensor:
@@ -113,7 +126,7 @@ def decision_logits(logits: Tensor, threshold: float, temperature: float) -> Ten
     distance to it, so that above 1 choices get more random and towards 0 they become the threshold rule.
 
     Args:
-        logits: ``[..., L]``, the policy's answer.
+        logits: ``[..., L]``, the policy's answer with one alternative.
         threshold: Between 0 and 1.
         temperature: Positive.
 
@@ -127,31 +140,48 @@ def decision_logits(logits: Tensor, threshold: float, temperature: float) -> Ten
     return (logits - math.log(threshold / (1.0 - threshold))) / temperature
 
 
-def trajectory_logits(policy: LogitsOf, trajectory: Trajectory) -> Tensor:
-    """Decision logits ``[steps, L]`` of a recorded trajectory under the policy as it is now, with graph.
+def decision_logits_of_many(logits: Tensor, threshold: float, temperature: float) -> Tensor:
+    """As ``decision_logits`` for logits ``[..., L, A]``; the threshold moves full attention against all others."""
+    full = decision_logits(logits[..., :1], threshold, temperature)
+    return torch.cat([full, logits[..., 1:] / temperature], dim=-1)
+
+
+def trajectory_logits(policy: Policy, trajectory: Trajectory) -> Tensor:
+    """Decision logits of a recorded trajectory under the policy as it is now, with graph.
+
+    Returns:
+        ``[steps, L]`` with one alternative, ``[steps, L, A]`` with several.
 
     Raises:
         ValueError: The trajectory has no step.
     """
     if not trajectory.contexts:
         raise ValueError("the trajectory has no step: the policy's guard was never asked during the rollout")
-    logits = torch.stack([policy(context) for context in trajectory.contexts])
-    return decision_logits(logits, trajectory.threshold, trajectory.temperature)
+    inputs = trajectory.inputs or (None,) * len(trajectory.contexts)
+    logits = torch.stack([ask(policy, step, seen) for step, seen in zip(trajectory.contexts, inputs, strict=True)])
+    decide = decision_logits if logits.ndim == 2 else decision_logits_of_many
+    return decide(logits, trajectory.threshold, trajectory.temperature)
 
 
-def trajectory_log_prob(policy: LogitsOf, trajectory: Trajectory, eligible: Tensor | None = None) -> Tensor:
+def trajectory_log_prob(policy: Policy, trajectory: Trajectory, eligible: Tensor | None = None) -> Tensor:
     """Log-probability ``[]`` of a trajectory's actions over eligible layers, recomputed with graph.
 
     Args:
-        policy: Maps a step to logits ``[L]``.
+        policy: Maps a step to logits.
         trajectory: What the guard recorded.
-        eligible: ``[L]`` bool; ``None``: all layers.
+        eligible: ``[L]`` bool, or ``[L, A]`` with several alternatives; ``None``: all layers.
 
     Raises:
         ValueError: The trajectory has no step, or shapes differ.
     """
-    logits = trajectory_logits(policy, trajectory)
-    return bernoulli_log_prob(logits, trajectory.mask().to(logits.device), eligible).sum()
+    return step_log_probs(trajectory_logits(policy, trajectory), trajectory, eligible).sum()
+
+
+def step_log_probs(logits: Tensor, trajectory: Trajectory, eligible: Tensor | None = None) -> Tensor:
+    """Log-probability ``[steps]`` of the actions of each step under decision logits of ``trajectory_logits``."""
+    if logits.ndim == 2:
+        return bernoulli_log_prob(logits, trajectory.mask().to(logits.device), eligible)
+    return categorical_log_prob(logits, trajectory.choices().to(logits.device), eligible)
 
 
 def step_key(step: StepContext) -> StepContext:

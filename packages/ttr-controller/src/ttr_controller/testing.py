@@ -108,6 +108,10 @@ class ToySampler:
             if handler is not None:
                 handler.end_run()
 
+    def gradient_velocity(self, latent: Tensor, step: int, prompts: Sequence[str], handler: AttentionHandler) -> Tensor:
+        """Velocity of one step with graph, ``[B, N, C]``."""
+        return self.velocity(latent, step, prompts, handler)
+
     def expected_error(self, mask: Tensor, prompt: str, seed: int) -> float:
         """Relative RMSE that a mask ``[steps, L]`` (True = full) gives, in closed form."""
         step_sizes = (self.sigmas[1:] - self.sigmas[:-1]).abs()
@@ -156,12 +160,14 @@ class ToyBackend:
 
     Args:
         sampler: Whose slots and errors to use.
+        scale: Multiplies the errors.
+        name: Name in reports.
     """
 
-    name = "student"
-
-    def __init__(self, sampler: ToySampler) -> None:
+    def __init__(self, sampler: ToySampler, scale: float = 1.0, name: str = "student") -> None:
         self.sampler = sampler
+        self.scale = scale
+        self.name = name
 
     def refuses(self, call: AttentionCall) -> str | None:
         """Never."""
@@ -172,7 +178,7 @@ class ToyBackend:
         step, position = self.sampler.slot(call)
         answer = _exact(call).clone()
         channel = IMAGE_CHANNELS + step * len(self.sampler.layers) + position
-        answer[..., channel] += self.sampler.damage[step, position]
+        answer[..., channel] += self.scale * self.sampler.damage[step, position]
         return answer
 
 

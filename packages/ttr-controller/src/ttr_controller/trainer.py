@@ -6,6 +6,12 @@ logits are shifted by one constant, so that the expected share of full attention
 *where* to spend the budget, not how much of it. Candidates are compared at exactly equal cost (top-k masks of the
 logits), and the best one seen on the validation images is kept, so learning never ends worse than it began.
 
+With a target speed-up, or with several alternatives to full attention, the budget is attention time: the expected cost
+is held at the target, and candidates are the likeliest plans within it.
+
+Processes started by ``torchrun`` share the work: each makes rollouts of its own prompts, gradients are averaged, and
+the main one logs.
+
 Every random draw depends on the seed and the number of the update alone. An update that is interrupted between two
 rollouts leaves nothing behind, and a resumed training goes on as if it had never stopped.
 """
@@ -13,26 +19,31 @@ rollouts leaves nothing behind, and a resumed training goes on as if it had neve
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import torch
 from attn_dispatch.call import StepContext
 from attn_dispatch.router import Backend
 from torch import Tensor
+from ttr_distill.distributed import World
 from ttr_distill.grad import plain, training_mode
 from ttr_distill.metrics import MetricSink
 from ttr_distill.seeding import stream
 
-from ttr_controller.budget import all_student, full_share, relative_cost, shift_to_share, slot_count
+from ttr_controller.budget import all_student, shift_to_share, slot_count, tilt_to_cost
+from ttr_controller.controller_config import ControllerConfig as ControllerConfig
+from ttr_controller.costs import AttentionCosts, as_choices
 from ttr_controller.guard import PolicyGuard, masks_from_policy
+from ttr_controller.inputs import InputSource
 from ttr_controller.judge import Judge
+from ttr_controller.knapsack import choices_from_logits
 from ttr_controller.policy import RoutingPolicy, fit_policy_to_scores
 from ttr_controller.quality.objective import QualityObjective
-from ttr_controller.reinforce import bernoulli_log_prob, entropy, leave_one_out_advantage, policy_loss
-from ttr_controller.reward import RewardConfig, reward
-from ttr_controller.rollout import Sampler, Trajectory, decision_logits, trajectory_logits
+from ttr_controller.reinforce import EmaBaseline
+from ttr_controller.rollout import Sampler, Trajectory
+from ttr_controller.step_metrics import MetricRow as MetricRow
+from ttr_controller.trainer_state import BestPolicy as BestPolicy
 from ttr_controller.trainer_state import (
     TrainerManifest,
     TrainerState,
@@ -42,61 +53,7 @@ from ttr_controller.trainer_state import (
     unpack_optimizer,
     with_prefix,
 )
-
-MetricRow = dict[str, float]
-
-
-@dataclass(frozen=True)
-class ControllerConfig:
-    """Settings of controller learning.
-
-    Attributes:
-        target_full: Wanted share of full attention among the eligible slots.
-        rollouts: Rollouts K per update.
-        learning_rate: Step size of AdamW.
-        entropy_weight: Reward per nat of mean entropy; keeps the policy exploring.
-        grad_clip_norm: Largest norm of the gradient.
-        temperature: Divides the logits when sampling.
-        probe_spread: Standard deviation of the logits that ``initialise_from_probe`` fits.
-        validate_every: Updates between two comparisons at equal cost.
-        reward: How cost enters the reward; errors there are in units of the all-student error, so that a price of 1
-            is the mean slope of error against cost.
-    """
-
-    target_full: float = 0.5
-    rollouts: int = 4
-    learning_rate: float = 5e-4
-    entropy_weight: float = 0.01
-    grad_clip_norm: float = 1.0
-    temperature: float = 1.0
-    probe_spread: float = 2.0
-    validate_every: int = 4
-    reward: RewardConfig = field(default_factory=RewardConfig)
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.target_full < 1.0:
-            raise ValueError(f"target_full must lie strictly between 0 and 1, got {self.target_full}")
-        if self.rollouts < 2 or self.validate_every < 1:
-            raise ValueError(f"rollouts must be >= 2 and validate_every >= 1, got {self}")
-        if min(self.learning_rate, self.grad_clip_norm, self.temperature) <= 0.0:
-            raise ValueError(f"learning_rate, grad_clip_norm and temperature must be positive, got {self}")
-        if self.entropy_weight < 0.0 or self.probe_spread < 0.0:
-            raise ValueError(f"entropy_weight and probe_spread must be >= 0, got {self}")
-
-
-@dataclass
-class BestPolicy:
-    """The best candidate at equal cost so far.
-
-    Attributes:
-        error: Mean error on the validation images.
-        mask: ``[steps, L]`` bool, True = full attention.
-        weights: State of the policy that ranks the slots so.
-    """
-
-    error: float = math.inf
-    mask: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
-    weights: dict[str, Tensor] = field(default_factory=dict)
+from ttr_controller.update import update_policy
 
 
 class ControllerTrainer:
@@ -104,31 +61,37 @@ class ControllerTrainer:
 
     Args:
         sampler: Makes images; see ``Sampler``.
-        backend: The students.
+        backend: The students, or several alternatives to full attention in the order of the policy's actions.
         policy: Trained in place.
         config: Settings.
         seed: Seed of every draw.
         eligible: ``[L]`` bool, layers whose student may run; ``None``: all. Others are always full and do not count.
         student_cost: ``[L]``, modelled cost of a layer's student relative to full attention; ``None``: 0.
+        costs: Cost of every attention in every layer, modelled or measured; takes the place of ``student_cost``.
         objective: What an image's error is; ``None``: relative RMSE of the latent.
-        sinks: Get a copy of each metric row.
+        sinks: Get a copy of each metric row, the first included.
+        inputs: Further inputs of the policy.
+        world: The processes that train together; ``None``: this one alone.
 
     Raises:
-        ValueError: Policy and sampler differ in layers, or no layer is eligible.
+        ValueError: Policy, sampler, backends and costs do not fit together, or no layer is eligible.
     """
 
     def __init__(
         self,
         sampler: Sampler,
-        backend: Backend,
+        backend: Backend | Sequence[Backend],
         policy: RoutingPolicy,
         config: ControllerConfig | None = None,
         *,
         seed: int = 0,
         eligible: Tensor | None = None,
         student_cost: Tensor | None = None,
+        costs: AttentionCosts | None = None,
         objective: QualityObjective | None = None,
         sinks: Sequence[MetricSink] = (),
+        inputs: InputSource | None = None,
+        world: World | None = None,
     ) -> None:
         layers = len(sampler.layers)
         if policy.layers != layers:
@@ -142,16 +105,25 @@ class ControllerTrainer:
             self.eligible = torch.ones(layers, dtype=torch.bool) if eligible is None else plain(eligible)
         if self.eligible.shape != (layers,) or not bool(self.eligible.any()):
             raise ValueError(f"eligible must be bool [{layers}] with at least one ready layer, got {self.eligible}")
-        self.student_cost = torch.zeros(layers) if student_cost is None else student_cost
-        self.sinks = tuple(sinks)
         self.judge = Judge(sampler, backend, objective)
+        self.costs = costs or AttentionCosts.of_student(torch.zeros(layers) if student_cost is None else student_cost)
+        actions = len(self.judge.backends) + 1
+        if policy.actions != actions or self.costs.table.shape != (layers, actions):
+            raise ValueError(
+                f"{actions - 1} alternatives need a policy of {actions} actions and costs [{layers}, {actions}], "
+                f"got {policy.actions} and {tuple(self.costs.table.shape)}"
+            )
+        self.sinks = tuple(sinks)
+        self.inputs = inputs
+        self.world = world or World()
         self.best = BestPolicy()
+        self.baseline = EmaBaseline(self.config.baseline_decay, self.config.baseline_floor)
         self.updates = 0
         self.unit = 1.0
         self._contexts: tuple[StepContext, ...] = ()
         self._validation: tuple[tuple[str, ...], tuple[int, ...]] = ((), ())
         self._errors: dict[bytes, float] = {}
-        self._optimizer = self._new_optimizer()
+        self.optimizer = self._new_optimizer()
 
     @property
     def contexts(self) -> tuple[StepContext, ...]:
@@ -161,9 +133,39 @@ class ControllerTrainer:
         return self._contexts
 
     @property
+    def rollouts(self) -> int:
+        """Rollouts made so far, those of a resumed state included."""
+        return self.updates * self.config.rollouts * self.world.size
+
+    @property
+    def judged_masks(self) -> int:
+        """Masks that were sampled on the validation images since ``prepare``."""
+        return len(self._errors)
+
+    @property
+    def by_cost(self) -> bool:
+        """Whether the budget is attention time rather than a share of full slots."""
+        return self.config.target_speed_up is not None or self.policy.actions > 2
+
+    @property
+    def target_full(self) -> float:
+        """Wanted share of full attention; derived where a speed-up is wanted."""
+        if self.config.target_speed_up is None:
+            return self.config.target_full
+        return self.costs.share_for(1.0 / self.config.target_speed_up, eligible=self.eligible)
+
+    @property
+    def target_cost(self) -> float:
+        """Wanted attention cost relative to full attention in all eligible slots."""
+        cheapest = self.costs.cheapest(eligible=self.eligible)
+        if self.config.target_speed_up is not None:
+            return max(cheapest, 1.0 / self.config.target_speed_up)
+        return cheapest + (1.0 - cheapest) * self.config.target_full
+
+    @property
     def full_slots(self) -> int:
         """Full slots among the eligible ones at the target share."""
-        return slot_count(len(self.contexts), self.eligible, self.config.target_full)
+        return slot_count(len(self.contexts), self.eligible, self.target_full)
 
     def prepare(self, prompts: Sequence[str], seeds: Sequence[int]) -> None:
         """Take the images on which candidates are compared; learn the schedule's steps and the error unit.
@@ -191,8 +193,8 @@ class ControllerTrainer:
         rest = fit_policy_to_scores(
             self.policy, self.contexts, scores, spread=self.config.probe_spread, eligible=self.eligible
         )
-        self._optimizer = self._new_optimizer()
-        self._calibrate()
+        self.optimizer = self._new_optimizer()
+        self.calibrate()
         self.validate()
         return rest
 
@@ -214,26 +216,30 @@ class ControllerTrainer:
         trajectories: list[Trajectory] = []
         errors: list[dict[str, float]] = []
         for number in range(self.config.rollouts):
-            if should_stop is not None and should_stop():
+            # All processes stop together, or those that go on would wait for ever.
+            if should_stop is not None and any(self.world.gather(should_stop())):
                 return None
-            generator = stream(self.seed, "rollout", self.updates, number)
+            names = ("rollout", self.updates, number, *([self.world.rank] if self.world.rank else []))
             guard = PolicyGuard(
                 self.policy,
                 self.sampler.layers,
                 mode="sample",
                 eligible=self.eligible,
                 temperature=self.config.temperature,
-                generator=generator,
+                generator=stream(self.seed, *names),
+                inputs=self.inputs,
             )
             report = self.judge.rollout(guard, prompts, seeds)
             errors.append({"loss": float(report.error.mean())} | {n: float(t.mean()) for n, t in report.terms.items()})
             trajectories.append(guard.trajectory)
-        row = self._update(trajectories, errors)
+        row = update_policy(self, trajectories, errors)
+        self.calibrate()
         self.updates += 1
         if self.updates % self.config.validate_every == 0:
             self.validate()
-        row |= {"step": float(self.updates), "best_error": self.best.error}
-        for sink in self.sinks:
+        row |= {"step": float(self.updates), "iteration": float(self.updates), "latent_index": 0.0}
+        row["best_error"] = self.best.error
+        for sink in self.sinks if self.world.main else ():
             sink.write(row)
         return row
 
@@ -245,6 +251,7 @@ class ControllerTrainer:
         *,
         batch: int = 1,
         should_stop: Callable[[], bool] | None = None,
+        checkpoint: Callable[[], None] | None = None,
     ) -> Iterator[MetricRow]:
         """Make updates until ``updates`` are done in all, drawing batches from a pool of prompts and seeds.
 
@@ -252,35 +259,57 @@ class ControllerTrainer:
             prompts: The pool.
             seeds: One per prompt.
             updates: Number of updates of the whole training; those of a resumed state count.
-            batch: Images per rollout.
+            batch: Images per rollout and process.
             should_stop: As in ``step``.
+            checkpoint: Called in the main process every ``checkpoint_every`` updates, and at the end however it comes.
 
         Yields:
             One row of metrics per update.
         """
-        if not 1 <= batch <= len(prompts) or len(prompts) != len(seeds):
-            raise ValueError(f"a batch of {batch} needs as many prompts with a seed each, got {len(prompts)} prompts")
-        while self.updates < updates:
-            order = torch.randperm(len(prompts), generator=stream(self.seed, "batch", self.updates))[:batch].tolist()
-            row = self.step([prompts[i] for i in order], [seeds[i] for i in order], should_stop=should_stop)
-            if row is None:
-                return
-            yield row
+        wanted = batch * self.world.size
+        if not 1 <= wanted <= len(prompts) or len(prompts) != len(seeds):
+            raise ValueError(f"a batch of {wanted} needs as many prompts with a seed each, got {len(prompts)} prompts")
+        saved = self.updates
+        try:
+            while self.updates < updates:
+                order = torch.randperm(len(prompts), generator=stream(self.seed, "batch", self.updates)).tolist()
+                mine = self.world.share(order[:wanted])
+                row = self.step([prompts[i] for i in mine], [seeds[i] for i in mine], should_stop=should_stop)
+                if row is None:
+                    return
+                if checkpoint is not None and self.world.main and self.updates % self.config.checkpoint_every == 0:
+                    checkpoint()
+                    saved = self.updates
+                yield row
+        finally:
+            if checkpoint is not None and self.world.main and self.updates != saved:
+                checkpoint()
 
-    def validation_error(self, mask: Tensor) -> float:
-        """Mean error of a mask ``[steps, L]`` on the validation images; each mask is sampled once."""
-        key = bytes(mask.flatten().tolist())
+    def validation_error(self, plan: Tensor) -> float:
+        """Mean error of a plan ``[steps, L]`` on the validation images; each plan is sampled once."""
+        key = bytes(as_choices(plan).flatten().tolist())
         if key not in self._errors:
-            self._errors[key] = float(self.judge.mask_errors(mask, *self._validation).mean())
+            self._errors[key] = float(self.judge.mask_errors(plan, *self._validation).mean())
         return self._errors[key]
 
+    def candidate(self) -> Tensor:
+        """The policy's plan ``[steps, L]`` at exactly the target: a mask of full slots, or choices within the cost."""
+        if not self.by_cost:
+            return masks_from_policy(self.policy, self.contexts, self.full_slots, eligible=self.eligible)
+        with torch.no_grad():
+            logits = self.policy.logits(self.contexts)[:, self.eligible]
+        table = self.costs.table[self.eligible]
+        plan = torch.zeros(len(self.contexts), self.policy.layers, dtype=torch.int64)
+        plan[:, self.eligible] = choices_from_logits(logits, table, self.target_cost)
+        return plan
+
     def validate(self) -> float:
-        """Compare the policy as it is with the best so far, at exactly the target's count of full slots."""
-        mask = masks_from_policy(self.policy, self.contexts, self.full_slots, eligible=self.eligible)
-        error = self.validation_error(mask)
+        """Compare the policy as it is with the best so far, at exactly the target's cost."""
+        plan = self.candidate()
+        error = self.validation_error(plan)
         if error < self.best.error:
             weights = {name: tensor.detach().clone() for name, tensor in self.policy.state_dict().items()}
-            self.best = BestPolicy(error, mask, weights)
+            self.best = BestPolicy(error, plan, weights)
         return error
 
     def best_policy(self) -> RoutingPolicy:
@@ -298,7 +327,7 @@ class ControllerTrainer:
     def state_dict(self) -> TrainerState:
         """Everything that learning changes; ``save_checkpoint`` takes its two halves."""
         tensors = {f"policy.{name}": tensor.detach().clone() for name, tensor in self.policy.state_dict().items()}
-        tensors |= pack_optimizer(self._optimizer, self.policy)
+        tensors |= pack_optimizer(self.optimizer, self.policy)
         tensors |= {f"best.{name}": tensor.clone() for name, tensor in self.best.weights.items()}
         manifest: TrainerManifest = {
             "layers": [str(layer) for layer in self.sampler.layers],
@@ -306,13 +335,15 @@ class ControllerTrainer:
             "seed": self.seed,
             "updates": self.updates,
             "eligible": self.eligible.tolist(),
-            "target_full": self.config.target_full,
+            "target_full": self.target_cost if self.by_cost else self.config.target_full,
             "unit": self.unit,
             "prompts": list(self._validation[0]),
             "seeds": list(self._validation[1]),
             "contexts": pack_contexts(self._contexts),
             "best_error": self.best.error if self.best.weights else None,
-            "best_mask": self.best.mask.tolist(),
+            "best_plan": as_choices(self.best.mask).tolist(),
+            "actions": self.policy.actions,
+            "baseline": [self.baseline.value, float(self.baseline.count)],
         }
         return {"tensors": tensors, "manifest": manifest}
 
@@ -325,15 +356,14 @@ class ControllerTrainer:
             ValueError: The state belongs to other layers, another policy or another seed.
         """
         tensors, saved, mine = state["tensors"], state["manifest"], self.state_dict()["manifest"]
-        theirs = (saved["layers"], saved["policy"], saved["seed"])
-        if theirs != (mine["layers"], mine["policy"], mine["seed"]):
-            raise ValueError(
-                f"the saved training has layers, policy and seed {theirs}, "
-                f"this one {(mine['layers'], mine['policy'], mine['seed'])}"
-            )
+        theirs = (saved["layers"], saved["policy"], saved["seed"], saved["actions"])
+        ours = (mine["layers"], mine["policy"], mine["seed"], mine["actions"])
+        if theirs != ours:
+            raise ValueError(f"the saved training has layers, policy and seed {theirs}, this one {ours}")
         self.policy.load_state_dict(with_prefix(tensors, "policy."))
-        self._optimizer = self._new_optimizer()
-        unpack_optimizer(self._optimizer, self.policy, tensors)
+        self.optimizer = self._new_optimizer()
+        unpack_optimizer(self.optimizer, self.policy, tensors)
+        self.baseline.value, self.baseline.count = saved["baseline"][0], int(saved["baseline"][1])
         self.updates = saved["updates"]
         self._validation = (tuple(saved["prompts"]), tuple(saved["seeds"]))
         self._contexts = unpack_contexts(saved["contexts"])
@@ -342,57 +372,21 @@ class ControllerTrainer:
         self.best = BestPolicy()
         same = saved["eligible"] == mine["eligible"] and saved["target_full"] == mine["target_full"]
         if same and saved["best_error"] is not None:
-            mask = torch.tensor(saved["best_mask"], dtype=torch.bool)
-            self.best = BestPolicy(saved["best_error"], mask, with_prefix(tensors, "best."))
-
-    def _update(self, trajectories: Sequence[Trajectory], errors: Sequence[dict[str, float]]) -> MetricRow:
-        """Move the policy along the policy gradient of K rollouts, then put its expected share back on target."""
-        masks = [trajectory.mask() for trajectory in trajectories]
-        costs = [relative_cost(mask, self.student_cost, eligible=self.eligible) for mask in masks]
-        saved = 1.0 - float(self.student_cost[self.eligible].mean())
-        target = 1.0 - saved * (1.0 - self.config.target_full)
-        rewards = torch.tensor(
-            [
-                reward(error["loss"] / self.unit, cost, target, self.config.reward)
-                for error, cost in zip(errors, costs, strict=True)
-            ],
-            dtype=torch.float64,
-        )
-        advantages = leave_one_out_advantage(rewards)
-        with training_mode():
-            logits = [trajectory_logits(self.policy, trajectory) for trajectory in trajectories]
-            log_probs = torch.stack(
-                [bernoulli_log_prob(x, mask, self.eligible).sum() for x, mask in zip(logits, masks, strict=True)]
+            plan = torch.tensor(saved["best_plan"], dtype=torch.int64)
+            self.best = BestPolicy(
+                saved["best_error"], plan if self.by_cost else plan == 0, with_prefix(tensors, "best.")
             )
-            mean_entropy = torch.stack([entropy(x, self.eligible) for x in logits]).mean()
-            loss = policy_loss(
-                log_probs, advantages.to(log_probs), mean_entropy, entropy_weight=self.config.entropy_weight
-            )
-            self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip_norm)
-            self._optimizer.step()
-        expected = torch.sigmoid(torch.cat([x.detach() for x in logits])[:, self.eligible]).mean()
-        self._calibrate()
-        shares = [full_share(mask, eligible=self.eligible) for mask in masks]
-        return {name: sum(error[name] for error in errors) / len(errors) for name in errors[0]} | {
-            "reward": float(rewards.mean()),
-            "reward_spread": float(rewards.std()),
-            "policy_loss": float(loss.detach()),
-            "entropy": float(mean_entropy.detach()),
-            "grad_norm": float(norm),
-            "actual_full_attn_ratio": sum(shares) / len(shares),
-            "expected_full_attn_ratio": float(expected),
-            "target_full_attn_ratio": self.config.target_full,
-            "lambda_eff": self.config.reward.lambda_eff,
-        }
 
-    def _calibrate(self) -> None:
-        """Shift all logits by one constant so that the expected share of full attention is the target."""
+    def calibrate(self) -> None:
+        """Shift all logits so that the expected share of full attention, or the expected cost, is the target."""
+        temperature = self.config.temperature
         with torch.no_grad():
-            logits = decision_logits(self.policy.logits(self.contexts), 0.5, self.config.temperature)
-        shift = shift_to_share(logits, self.config.target_full, eligible=self.eligible)
-        self.policy.shift(shift * self.config.temperature)
+            logits = self.policy.logits(self.contexts) / temperature
+        if self.by_cost:
+            tilt = tilt_to_cost(logits, self.costs.table, self.target_cost, eligible=self.eligible)
+            self.policy.tilt(tilt[:, :-1] * temperature)
+        else:
+            self.policy.shift(shift_to_share(logits, self.target_full, eligible=self.eligible) * temperature)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         # Decay would pull the logits towards even odds whatever the rewards say.

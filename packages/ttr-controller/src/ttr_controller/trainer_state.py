@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 import torch
 from attn_dispatch.call import StepContext
 from torch import Tensor, nn
+
+
+@dataclass
+class BestPolicy:
+    """The best candidate at equal cost so far.
+
+    Attributes:
+        error: Mean error on the validation images.
+        mask: ``[steps, L]``: bool, True = full attention, or int64 number of the attention with several alternatives.
+        weights: State of the policy that ranks the slots so.
+    """
+
+    error: float = math.inf
+    mask: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TrainerManifest(TypedDict):
@@ -25,7 +42,9 @@ class TrainerManifest(TypedDict):
         seeds: Validation seeds.
         contexts: Diffusion steps as ``[sigma, cfg_scale, rows, columns]``.
         best_error: Validation error of the best candidate; ``None`` before the first.
-        best_mask: Its mask, ``[steps][L]``.
+        best_plan: Number of its attention in each slot, ``[steps][L]``.
+        actions: Attentions that a layer chooses among.
+        baseline: Running mean of rewards and how many it has seen.
     """
 
     layers: list[str]
@@ -39,7 +58,9 @@ class TrainerManifest(TypedDict):
     seeds: list[int]
     contexts: list[list[float]]
     best_error: float | None
-    best_mask: list[list[bool]]
+    best_plan: list[list[int]]
+    actions: int
+    baseline: list[float]
 
 
 class TrainerState(TypedDict):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from ttr_controller.cli import inspecting, running, sampling
+from ttr_controller.cli import converting, distilling, inspecting, running, sampling
 
 INTERRUPTED = 130
 INTERRUPTED_TEXT = "interrupted; nothing is lost, run the same command again to go on"
@@ -33,10 +33,11 @@ app = typer.Typer(
 )
 app.command("quickstart", rich_help_panel="Start here")(running.quickstart)
 app.command("report", rich_help_panel="Start here")(running.report)
-app.command("distill", rich_help_panel="One phase at a time")(running.distill)
+app.command("distill", rich_help_panel="One phase at a time")(distilling.distill)
 app.command("train-controller", rich_help_panel="One phase at a time")(running.train_controller)
 app.command("sample", rich_help_panel="Use what was learned")(sampling.sample)
 app.command("inspect", rich_help_panel="Use what was learned")(inspecting.inspect)
+app.command("convert", rich_help_panel="Use what was learned")(converting.convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,9 +78,10 @@ def _is_for_users(error: BaseException) -> bool:
     from ttr_distill.checkpoint import CheckpointError
 
     from ttr_controller.pipeline.settings import RunError
+    from ttr_controller.quality.models import QualityError
     from ttr_controller.report.results import ResultsError
 
-    return isinstance(error, RunError | ResultsError | CheckpointError | OSError)
+    return isinstance(error, RunError | ResultsError | CheckpointError | QualityError | OSError)
 
 
 def _one_line(error: BaseException) -> str:

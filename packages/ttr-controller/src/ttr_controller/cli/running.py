@@ -63,13 +63,32 @@ def distill(
     _run_phases(run, ("distillation", "fidelity"))
 
 
-def train_controller(run_folder: RunFolder = DEFAULT_OUT) -> None:
-    """Phase 2 alone: learn which layers and steps of a distilled run need full attention."""
+def train_controller(
+    run_folder: RunFolder = DEFAULT_OUT,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="**relaxed**: flips, refined by gradients through the sampler. **flips**: the final error that each "
+            "student slot leaves. **probe**: the error within its own step. **budget**: by distillation error, no "
+            "rollout. **reinforce**: the probe, refined by policy gradient. **auto**: as quickstart.",
+        ),
+    ] = "relaxed",
+    rollouts: Annotated[
+        int | None,
+        typer.Option("--rollouts", min=0, help="Images to refine with (relaxed, reinforce); a gradient counts four."),
+    ] = None,
+) -> None:
+    """Phase 2 alone: learn which layers and steps of a distilled run need full attention.
+
+    A run whose controller was learnt by another method learns anew; interrupted, it goes on where it stopped.
+    """
+    from ttr_controller.cli.progress import phase_progress
+    from ttr_controller.pipeline.quickstart import run_controller
     from ttr_controller.pipeline.run_directory import RunDirectory
 
-    run = RunDirectory.open(run_folder)
-    run.section("distillation")
-    _run_phases(run, ("controller",))
+    with phase_progress(Console(stderr=True)) as progress:
+        run_controller(RunDirectory.open(run_folder), method, rollouts, progress)
 
 
 def report(

@@ -17,8 +17,9 @@ from ttr_distill.tiny import Samples, retrieval_accuracy
 
 from ttr_controller import budget
 from ttr_controller.guard import ScheduleGuard
-from ttr_controller.pipeline.routing import Routing, full_shares, student_cost
+from ttr_controller.pipeline.routing import Routing
 from ttr_controller.pipeline.settings import Plan
+from ttr_controller.pipeline.starting import full_shares, student_cost
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 from ttr_controller.quality.latent import relative_rmse
 from ttr_controller.quality.perceptual import psnr, ssim

@@ -68,8 +68,8 @@ def _fidelity(bench: Workbench, tick: Tick) -> None:
     layer_fidelity.measure_fidelity(bench, distilling.load_trained(bench), tick)
 
 
-def _controller(bench: Workbench, tick: Tick) -> None:
-    routing.learn_routing(bench, distilling.load_trained(bench), tick)
+def _controller(bench: Workbench, tick: Tick, learning: routing.Learning | None = None) -> None:
+    routing.learn_routing(bench, distilling.load_trained(bench), tick, learning)
 
 
 def _compare(bench: Workbench, tick: Tick) -> None:
@@ -90,10 +90,45 @@ PHASES: Mapping[str, Phase] = MappingProxyType(
         "timing": Phase("time 256 to 4,096 tokens", _timing, timing.work),
     }
 )
+FOLLOWING = ("pareto", "sheet", "checks", "complete")
+"""Sections that a new controller makes out of date."""
 
 
-def run_phases(run: RunDirectory, names: Sequence[str], progress: PhaseProgress | None = None) -> None:
+def run_controller(
+    run: RunDirectory, method: str, rollouts: int | None = None, progress: PhaseProgress | None = None
+) -> None:
+    """Learn to route by a method; a run whose controller was learnt by another method learns anew.
+
+    Args:
+        run: A run whose students are distilled.
+        method: ``"auto"`` or one of ``ttr_controller.methods.METHODS``.
+        rollouts: Images that refining may sample; ``None``: the method's default.
+        progress: Shows progress.
+
+    Raises:
+        RunError: The method is unknown, or students are missing.
+        CheckpointError: A checkpoint of the run is damaged.
+    """
+    learning = routing.Learning(method, rollouts)
+    run.section("distillation")
+    if run.has("controller") and run.section("controller").get("learner", routing.AUTO) != method:
+        run.forget("controller", *FOLLOWING)
+    run_phases(run, ("controller",), progress, learning)
+
+
+def run_phases(
+    run: RunDirectory,
+    names: Sequence[str],
+    progress: PhaseProgress | None = None,
+    learning: routing.Learning | None = None,
+) -> None:
     """Run the named phases that the run has not done yet, in order; then judge the run if all are done.
+
+    Args:
+        run: The run.
+        names: Names of ``PHASES``.
+        progress: Shows progress.
+        learning: How the phase ``controller`` learns; ``None``: ``"auto"``.
 
     Raises:
         RunError: The folder cannot be written, or an earlier phase is missing.
@@ -108,8 +143,10 @@ def run_phases(run: RunDirectory, names: Sequence[str], progress: PhaseProgress 
         run.add_seconds("preparation", time.perf_counter() - start)
         for name in missing:
             phase = PHASES[name]
-            number = show.start(phase.title, phase.work(plan))
-            phase.run(bench, partial(show.advance, number))
+            amount = routing.work(plan, learning) if name == "controller" else phase.work(plan)
+            number = show.start(phase.title, amount)
+            run_it = partial(_controller, learning=learning) if name == "controller" else phase.run
+            run_it(bench, partial(show.advance, number))
             show.finish(number)
     if all(run.has(name) for name in PHASES) and not run.complete:
         run.record("checks", verdicts.judge(run))

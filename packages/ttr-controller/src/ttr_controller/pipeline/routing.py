@@ -3,42 +3,65 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from attn_dispatch import StepContext, TokenLayout
-from attn_kernels import TokenGrid
-from attn_kernels.cost import exact_flops
+from attn_dispatch import StepContext
 from torch import Tensor
 from ttr_distill.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ttr_distill.metrics import JsonlSink
 from ttr_distill.student import StudentBackend
 
-from ttr_controller.budget import slot_count
 from ttr_controller.guard import masks_from_policy
-from ttr_controller.pipeline.settings import Plan
+from ttr_controller.methods import METHODS
+from ttr_controller.pipeline.settings import Plan, RunError
+from ttr_controller.pipeline.starting import RANKINGS, Start, full_shares, start_training, student_cost, work_of_probes
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 from ttr_controller.policy import PolicyConfig, RoutingPolicy
-from ttr_controller.probe import flip_evaluations, flip_scores, velocity_error_probe
-from ttr_controller.trainer import BestPolicy, ControllerConfig, ControllerTrainer, MetricRow
+from ttr_controller.relaxed import RelaxedConfig, RelaxedTrainer
+from ttr_controller.trainer import ControllerConfig, ControllerTrainer, MetricRow
 from ttr_controller.trainer_state import TrainerManifest, TrainerState, unpack_contexts, with_prefix
 
 KIND = "controller"
 CURVE_NAME = "controller.jsonl"
 SCORES = "probe.scores"
-COSTS = (0.5, 2 / 3, 5 / 6)
-"""Relative attention costs that are compared; the policy is trained at the first."""
-FULL_SHARES = (0.5, 0.25, 0.75)
-"""Shares of full attention compared where the student is too dear for the lowest cost."""
-COST_MARGIN = 0.05
-"""A student must be this much cheaper than a cost for the cost to leave it anything to do."""
+AUTO = "auto"
+"""The best of several rankings, judged on training images, refined by REINFORCE as far as the run's budget goes."""
 ROLLOUTS = ControllerConfig().rollouts
-RANKINGS = 4
-"""Rankings of the slots that the policy may start from."""
+LEARNING = ("relaxed", "reinforce")
+"""Methods that go on from a ranking; by default over this many rollouts:"""
+DEFAULT_ROLLOUTS = 96
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How to learn.
+
+    Attributes:
+        method: One of ``METHODS``, or ``"auto"``.
+        rollouts: Images that refining a ranking may sample; ``None``: the plan's with ``"auto"``, else 96. A gradient
+            through an image counts as four.
+    """
+
+    method: str = AUTO
+    rollouts: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in (AUTO, *METHODS):
+            raise RunError(f"unknown method {self.method!r}; choose one of {', '.join((AUTO, *METHODS))}")
+        if self.rollouts is not None and self.rollouts < 0:
+            raise RunError(f"rollouts must be >= 0, got {self.rollouts}")
+
+    def amount(self, plan: Plan) -> int:
+        """Rollouts to refine with."""
+        if self.method == AUTO:
+            return plan.rollouts if self.rollouts is None else self.rollouts
+        if self.method not in LEARNING:
+            return 0
+        return DEFAULT_ROLLOUTS if self.rollouts is None else self.rollouts
 
 
 @dataclass(frozen=True)
@@ -65,69 +88,60 @@ class Routing:
             return torch.sigmoid(self.policy.logits(self.contexts))
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where learning starts.
-
-    Attributes:
-        scores: ``[steps, L]``, the one-step probe's score of each slot.
-        chosen: Name of the ranking that the policy was given.
-        errors: Error of each ranking on training prompts that it was not made from, geometric mean over the costs
-            that the run compares.
-    """
-
-    scores: Tensor
-    chosen: str
-    errors: dict[str, float]
-
-
-def student_cost(bench: Workbench, students: Students) -> float:
-    """Operations of the students relative to exact attention at the run's size, mean over the layers."""
-    settings, sampler = bench.run.settings, bench.sampler
-    grid = TokenGrid(sampler.text_tokens, settings.rows, settings.columns)
-    layout = TokenLayout(grid.stop, ((0, sampler.text_tokens),), (grid,))
-    exact = exact_flops(1, sampler.heads, layout.length, layout.length, sampler.width, sampler.width)
-    costs = [students.bank[layer].flops(layout, 1, sampler.heads, sampler.width) / exact for layer in sampler.layers]
-    return sum(costs) / len(costs)
-
-
-def full_shares(cost: float, levels: int) -> tuple[float, ...]:
-    """Shares of full attention to compare, for a student of this relative cost; the one that is learned for first."""
-    if cost >= min(COSTS) - COST_MARGIN:
-        return FULL_SHARES[:levels]
-    return tuple((level - cost) / (1.0 - cost) for level in COSTS[:levels])
-
-
-def work(plan: Plan) -> float:
+def work(plan: Plan, learning: Learning | None = None) -> float:
     """Units of progress: images sampled."""
-    return work_of_probes(plan) + plan.rollouts + float(RANKINGS * plan.levels * plan.validation_prompts)
+    how = learning or Learning()
+    rankings = RANKINGS if how.method == AUTO else 1
+    return work_of_probes(plan) + how.amount(plan) + float(rankings * plan.levels * plan.validation_prompts)
 
 
-def work_of_probes(plan: Plan) -> float:
-    """The share of the probes: about twenty-five images for each prompt."""
-    return 25.0 * plan.probe_prompts
+def learn_routing(bench: Workbench, students: Students, tick: Tick, learning: Learning | None = None) -> None:
+    """Rank the slots, refine the ranking as the method does, record ``controller``.
 
-
-def learn_routing(bench: Workbench, students: Students, tick: Tick) -> None:
-    """Start the policy from the best ranking at hand, refine it by leave-one-out REINFORCE, record ``controller``.
-
-    The training is saved after every update, so that an interrupted run goes on there.
+    The training is saved after every update, so that an interrupted run goes on there; another method starts anew.
     """
     start = time.perf_counter()
+    how = learning or Learning()
     plan = bench.plan()
-    trainer, start_at = _start(bench, students, tick)
+    trainer, start_at = _start(bench, students, how, tick)
     prompts, seeds = bench.train_set(8)
+    amount = how.amount(plan)
+    if how.method == "relaxed":
+        _refine_by_gates(bench, students, trainer, start_at, amount, tick)
     sink = JsonlSink(bench.run.path / CURVE_NAME)
     try:
         trainer.sinks = (sink,)
-        updates = plan.rollouts // trainer.config.rollouts
+        updates = 0 if how.method == "relaxed" else amount // trainer.config.rollouts
         for _ in trainer.fit(prompts, seeds, updates, should_stop=_ticking(tick)):
-            _save(bench, trainer, start_at)
+            _save(bench, trainer, start_at, how)
     finally:
         sink.close()
     trainer.validate()
-    _save(bench, trainer, start_at)
-    _record(bench, trainer, start_at, student_cost(bench, students), time.perf_counter() - start)
+    _save(bench, trainer, start_at, how)
+    made = trainer.updates * trainer.config.rollouts + (amount if how.method == "relaxed" else 0)
+    _record(bench, trainer, start_at, how, made, student_cost(bench, students), time.perf_counter() - start)
+
+
+def _refine_by_gates(
+    bench: Workbench, students: Students, trainer: ControllerTrainer, start_at: Start, amount: int, tick: Tick
+) -> None:
+    """Refine the policy's ranking by relaxed gates; the better of both on the validation images stays."""
+    with torch.no_grad():
+        ranking = trainer.policy.logits(trainer.contexts)
+    shares = full_shares(student_cost(bench, students), bench.plan().levels)
+    batch = 2
+    config = RelaxedConfig(iterations=max(1, amount // (4 * batch)), shares=shares, batch=batch)
+    gates = RelaxedTrainer(bench.sampler, StudentBackend(students.bank), ranking, config, seed=bench.run.settings.seed)
+    how = Learning("relaxed", amount)
+    loaded = _load_state(bench, how)
+    saved = {} if loaded is None else loaded[2]
+    if saved:
+        gates.load_state_dict(saved)
+    prompts, seeds = bench.train_set(16)
+    for _ in gates.fit(prompts[-12:], seeds[-12:]):
+        _save(bench, trainer, start_at, how, gates.state_dict())
+        tick(4.0 * batch)
+    trainer.initialise_from_probe(gates.scores)
 
 
 def load_routing(bench: Workbench) -> Routing:
@@ -136,17 +150,17 @@ def load_routing(bench: Workbench) -> Routing:
     Raises:
         CheckpointError: The checkpoint is missing, damaged or of another teacher.
     """
-    loaded = _load_state(bench)
+    loaded = _load_state(bench, None)
     if loaded is None:
         raise CheckpointError(f"no controller in {bench.run.controller}; run: ttr train-controller {bench.run.path}")
-    state, start_at = loaded
+    state, start_at, _ = loaded
     policy = _new_policy(bench)
     policy.load_state_dict(with_prefix(state["tensors"], "best."))
     return Routing(policy, unpack_contexts(state["manifest"]["contexts"]), start_at.scores)
 
 
-def _start(bench: Workbench, students: Students, tick: Tick) -> tuple[ControllerTrainer, Start]:
-    """Go on with the run's training, or begin it with the probe."""
+def _start(bench: Workbench, students: Students, how: Learning, tick: Tick) -> tuple[ControllerTrainer, Start]:
+    """Go on with the run's training, or begin it with a ranking."""
     cost = student_cost(bench, students)
     backend = StudentBackend(students.bank)
     trainer = ControllerTrainer(
@@ -157,70 +171,14 @@ def _start(bench: Workbench, students: Students, tick: Tick) -> tuple[Controller
         seed=bench.run.settings.seed,
         student_cost=torch.full((len(bench.sampler.layers),), cost),
     )
-    loaded = _load_state(bench)
+    loaded = _load_state(bench, how)
     if loaded is not None:
         trainer.load_state_dict(loaded[0])
         return trainer, loaded[1]
-    start_at = _rank_and_initialise(bench, trainer, backend, cost, tick)
-    _save(bench, trainer, start_at)
+    (bench.run.path / CURVE_NAME).unlink(missing_ok=True)
+    start_at = start_training(bench, trainer, backend, cost, how.method, tick)
+    _save(bench, trainer, start_at, how)
     return trainer, start_at
-
-
-def _rank_and_initialise(
-    bench: Workbench, trainer: ControllerTrainer, backend: StudentBackend, cost: float, tick: Tick
-) -> Start:
-    """Rank the slots in four ways and give the policy the one that does best on other training prompts.
-
-    The one-step probe sees the error a student makes within its step, the flips also what the steps after it make of
-    that error, and "first steps" needs no measurement. Few prompts make flips noisy; the mean of both ranks keeps what
-    they agree on. Every ranking is judged at all costs that the run compares.
-    """
-    prompts, seeds = bench.train_set(bench.plan().probe_prompts)
-    steps, layers = bench.sampler.steps, len(bench.sampler.layers)
-    share = work_of_probes(bench.plan()) / (steps * layers + flip_evaluations(steps, layers))
-
-    def advance() -> None:
-        tick(share)
-
-    path = bench.sampler.trajectory(prompts, seeds)
-    one_step = velocity_error_probe(bench.sampler, prompts, seeds, backend, path=path, on_evaluation=advance)
-    first = torch.linspace(1.0, 0.0, steps).unsqueeze(1).repeat(1, layers)
-    flips = flip_scores(bench.sampler, prompts, seeds, backend, path=path, on_evaluation=advance)
-    rankings = {
-        "first steps": first,
-        "one-step probe": one_step,
-        "flips": flips,
-        "flips and first steps": _ranks(flips) + _ranks(first),
-    }
-    # Judged on other images than those that were probed.
-    judged = bench.plan().validation_prompts
-    pool_prompts, pool_seeds = bench.train_set(len(prompts) + judged)
-    trainer.prepare(pool_prompts[-judged:], pool_seeds[-judged:])
-    errors = {name: _judge(bench, trainer, scores, cost, tick) for name, scores in rankings.items()}
-    chosen = min(errors, key=lambda name: errors[name])
-    trainer.best = BestPolicy()
-    trainer.initialise_from_probe(rankings[chosen])
-    return Start(one_step, chosen, errors)
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """Rank of each slot ``[steps, L]`` among all, 0 to 1; equal scores share the mean of their ranks."""
-    flat = scores.flatten()
-    below = (flat.unsqueeze(0) < flat.unsqueeze(1)).sum(1)
-    equal = (flat.unsqueeze(0) == flat.unsqueeze(1)).sum(1)
-    return ((below + 0.5 * (equal - 1)) / max(1, flat.numel() - 1)).view_as(scores)
-
-
-def _judge(bench: Workbench, trainer: ControllerTrainer, scores: Tensor, cost: float, tick: Tick) -> float:
-    """Error of a policy that learnt these scores on the validation images, geometric mean over the compared costs."""
-    trainer.initialise_from_probe(scores)
-    logs = []
-    for share in full_shares(cost, bench.plan().levels):
-        count = slot_count(bench.sampler.steps, trainer.eligible, share)
-        mask = masks_from_policy(trainer.policy, trainer.contexts, count, eligible=trainer.eligible)
-        logs.append(math.log(max(trainer.validation_error(mask), 1e-12)))
-        tick(float(bench.plan().validation_prompts))
-    return math.exp(sum(logs) / len(logs))
 
 
 def _new_policy(bench: Workbench) -> RoutingPolicy:
@@ -239,15 +197,27 @@ def _ticking(tick: Tick) -> Callable[[], bool]:
     return before_rollout
 
 
-def _save(bench: Workbench, trainer: ControllerTrainer, start_at: Start) -> None:
+def _save(
+    bench: Workbench,
+    trainer: ControllerTrainer,
+    start_at: Start,
+    how: Learning,
+    gates: Mapping[str, Tensor] | None = None,
+) -> None:
     state = trainer.state_dict()
-    tensors = {**state["tensors"], SCORES: start_at.scores}
-    manifest = {"kind": KIND, "start": start_at.chosen, "start_errors": start_at.errors, **state["manifest"]}
+    tensors = {**state["tensors"], SCORES: start_at.scores, **(gates or {})}
+    manifest = {
+        "kind": KIND,
+        "method": how.method,
+        "start": start_at.chosen,
+        "start_errors": start_at.errors,
+        **state["manifest"],
+    }
     save_checkpoint(bench.run.controller, tensors, manifest, fingerprint=bench.teacher.fingerprint)
 
 
-def _load_state(bench: Workbench) -> tuple[TrainerState, Start] | None:
-    """Read the run's controller checkpoint; ``None`` if there is none yet."""
+def _load_state(bench: Workbench, how: Learning | None) -> tuple[TrainerState, Start, dict[str, Tensor]] | None:
+    """Read the run's controller checkpoint; ``None`` if there is none yet, or it is of another method."""
     if not bench.run.controller.exists():
         return None
     saved = load_checkpoint(bench.run.controller, fingerprint=bench.teacher.fingerprint)
@@ -255,11 +225,22 @@ def _load_state(bench: Workbench) -> tuple[TrainerState, Start] | None:
     errors = manifest.get("start_errors")
     if manifest.get("kind") != KIND or SCORES not in tensors or not isinstance(errors, dict):
         raise CheckpointError(f"checkpoint {bench.run.controller} holds no controller")
+    if how is not None and manifest.get("method", AUTO) != how.method:
+        return None
     start_at = Start(tensors.pop(SCORES), str(manifest["start"]), errors)
-    return {"tensors": tensors, "manifest": cast(TrainerManifest, manifest)}, start_at
+    gates = {name: tensors.pop(name) for name in list(tensors) if name.startswith("gates.")}
+    return {"tensors": tensors, "manifest": cast(TrainerManifest, manifest)}, start_at, gates
 
 
-def _record(bench: Workbench, trainer: ControllerTrainer, start_at: Start, cost: float, seconds: float) -> None:
+def _record(
+    bench: Workbench,
+    trainer: ControllerTrainer,
+    start_at: Start,
+    how: Learning,
+    made: int,
+    cost: float,
+    seconds: float,
+) -> None:
     """Write the section ``controller``: the learning curve and the routing heat map."""
     rows: dict[int, MetricRow] = {}
     for line in (bench.run.path / CURVE_NAME).read_text(encoding="utf-8").splitlines():
@@ -283,10 +264,12 @@ def _record(bench: Workbench, trainer: ControllerTrainer, start_at: Start, cost:
         "full_probability": routing.full_probability().tolist(),
     }
     start = start_at.chosen
+    name = f"{start}, then leave-one-out REINFORCE" if trainer.updates else start
     section: dict[str, object] = {
-        "method": f"{start}, then leave-one-out REINFORCE" if trainer.updates else start,
+        "method": f"{start}, then relaxed gates" if how.method == "relaxed" else name,
+        "learner": how.method,
         "start": {"chosen": start, "validation_errors": start_at.errors},
-        "rollouts": trainer.updates * trainer.config.rollouts,
+        "rollouts": made,
         "target_full": trainer.config.target_full,
         "curve": curve,
         "heatmap": heatmap,

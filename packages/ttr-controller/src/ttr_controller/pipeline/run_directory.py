@@ -134,6 +134,11 @@ class RunDirectory:
             raise RunError(f"{self.path} has no {name} yet; finish the run with: ttr quickstart --out {self.path}")
         return value
 
+    def forget(self, *sections: str) -> None:
+        """Drop finished sections, so that their phases run again; written with the next section."""
+        for name in sections:
+            self.results.pop(name, None)
+
     def record(
         self, section: str, value: Mapping[str, object] | list[Json] | bool, seconds: float | None = None
     ) -> None:

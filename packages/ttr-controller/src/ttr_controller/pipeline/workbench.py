@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 import torch
 from attn_dispatch import AttentionHandler, AttentionRouter, DispatchReport, Guard, Route
 from ttr_distill.student import ReadinessTracker, StudentBackend, StudentBank, StudentConfig, preset
-from ttr_distill.tiny import TinySampler, TinyTeacher, heldout_prompts, load_teacher, training_prompts
+from ttr_distill.tiny import TinyTeacher, heldout_prompts, load_teacher, training_prompts
 
+from ttr_controller.pipeline.differentiable import DifferentiableTinySampler
 from ttr_controller.pipeline.run_directory import RunDirectory
 from ttr_controller.pipeline.settings import Plan, RunError, make_plan
 
@@ -37,7 +38,7 @@ class Workbench:
 
     run: RunDirectory
     teacher: TinyTeacher
-    sampler: TinySampler
+    sampler: DifferentiableTinySampler
     config: StudentConfig
 
     @classmethod
@@ -48,7 +49,7 @@ class Workbench:
             teacher = load_teacher(settings.device)
         except ImportError as error:
             raise RunError(str(error)) from error
-        sampler = TinySampler(
+        sampler = DifferentiableTinySampler(
             teacher, rows=settings.rows, columns=settings.columns, steps=settings.steps, guidance=settings.guidance
         )
         bench = cls(run, teacher, sampler, student_config(settings.preset))

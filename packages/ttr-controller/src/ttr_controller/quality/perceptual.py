@@ -34,6 +34,23 @@ def psnr(a: Tensor, b: Tensor, *, peak: float = 1.0) -> Tensor:
     return 10.0 * torch.log10(peak**2 / mean_square)
 
 
+def image_error(a: Tensor, b: Tensor) -> Tensor:
+    """Root mean square difference, ``10 ** (-psnr / 20)``: PSNR as a distance that is 0 for equal images.
+
+    Args:
+        a: ``[B, C, H, W]`` in [0, 1].
+        b: ``[B, C, H, W]`` in [0, 1].
+
+    Returns:
+        ``[B]`` float32.
+
+    Raises:
+        ValueError: Shapes are wrong or differ.
+    """
+    left, right = _image_pair(a, b)
+    return (left - right).square().flatten(1).mean(dim=1).sqrt()
+
+
 def ssim(a: Tensor, b: Tensor, *, peak: float = 1.0) -> Tensor:
     """Mean structural similarity.
 

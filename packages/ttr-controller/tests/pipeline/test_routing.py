@@ -1,0 +1,112 @@
+"""Phase 2 of a small run on the real embedded teacher, by every method."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ttr_controller.methods import METHODS
+from ttr_controller.pipeline import routing
+from ttr_controller.pipeline.distilling import load_trained
+from ttr_controller.pipeline.quickstart import run_controller, run_phases
+from ttr_controller.pipeline.routing import Learning, load_routing
+from ttr_controller.pipeline.run_directory import RunDirectory
+from ttr_controller.pipeline.serving import draw
+from ttr_controller.pipeline.settings import QuickstartSettings, RunError
+from ttr_controller.pipeline.workbench import Workbench
+from ttr_distill.saved_students import load_students, save_students
+
+SMALL = QuickstartSettings(budget_minutes=0.1, rows=8, columns=8, steps=2, timing_sides=(8,))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    made = RunDirectory.open_or_create(tmp_path_factory.mktemp("routing") / "run", SMALL)
+    run_phases(made, ("distillation",))
+    return made
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_a_controller_that_serves(run, method):
+    run_controller(run, method, rollouts=8)
+    section = run.section("controller")
+    assert section["learner"] == method
+    assert section["rollouts"] == (8 if method in routing.LEARNING else 0)
+    learned = load_routing(Workbench.open(run))
+    slots = learned.scores.numel()
+    for count in (0, slots // 3, slots):
+        assert int(learned.mask(count).sum()) == count
+    assert len(section["heatmap"]["full_probability"]) == SMALL.steps
+
+
+def test_another_method_learns_anew_and_the_same_one_does_not(run, monkeypatch):
+    run_controller(run, "probe")
+    done = []
+    real = routing.learn_routing
+
+    def counted(*arguments):
+        done.append(arguments[-1].method)
+        real(*arguments)
+
+    monkeypatch.setattr(routing, "learn_routing", counted)
+    run_controller(run, "probe")
+    assert done == []
+    run.record("pareto", {"points": []})
+    run_controller(run, "budget")
+    assert done == ["budget"]
+    assert not run.has("pareto")
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_broken_off_training_ends_like_an_unbroken_one(run, tmp_path):
+    copy = RunDirectory.open(shutil.copytree(run.path, tmp_path / "copy"))
+    for one in (run, copy):
+        one.forget("controller")
+        shutil.rmtree(one.controller, ignore_errors=True)
+    run_controller(run, "relaxed", rollouts=16)
+    bench = Workbench.open(copy)
+    ticks = []
+
+    def stop_after_the_first_gradient(amount):
+        ticks.append(amount)
+        if amount == 8.0:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        routing.learn_routing(bench, load_trained(bench), stop_after_the_first_gradient, Learning("relaxed", 16))
+    run_controller(copy, "relaxed", rollouts=16)
+    whole, again = (load_routing(Workbench.open(one)).policy.state_dict() for one in (run, copy))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_unknown_methods_and_amounts_are_refused(run):
+    with pytest.raises(RunError, match="choose one of auto, relaxed"):
+        run_controller(run, "magic")
+    with pytest.raises(RunError, match="rollouts must be >= 0"):
+        Learning("relaxed", -1)
+
+
+def test_a_picture_can_be_drawn_with_the_policy_rolling_dice_by_its_seed(run, tmp_path):
+    run_controller(run, "budget")
+    folder = Path(shutil.copytree(run.path, tmp_path / "copy"))
+    loaded = load_students(folder / "students", fingerprint=None)
+    for layer in loaded.bank.layers:
+        for _ in range(loaded.readiness.config.minimum_updates):
+            loaded.readiness.observe(layer, 0.001, 0.03)
+    loaded.readiness.flush()
+    fingerprint = str(run.section("teacher")["fingerprint"])
+    save_students(folder / "students", loaded.bank, loaded.readiness, fingerprint=fingerprint)
+    drawn = [
+        draw(folder, "fox on blue", 0.5, 3, tmp_path / f"{number}.png", policy_mode="stochastic", temperature=2.0)
+        for number in range(2)
+    ]
+    assert drawn[0] == drawn[1]
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+    assert len(drawn[0].routing) == SMALL.steps
+    assert all("of 6 layers" in line for line in drawn[0].routing)
+    assert 0 < drawn[0].by_student < drawn[0].calls
+    with pytest.raises(RunError, match="threshold or stochastic, not 'gumbel'"):
+        draw(folder, "fox on blue", 0.5, 3, tmp_path / "x.png", policy_mode="gumbel")
