@@ -25,7 +25,7 @@ def comfy_entrypoint() -> "ComfyExtension":
     """
     missing = add_sibling_packages(Path(__file__).resolve().parents[3])
     try:
-        from .extension import ApproximateAttention
+        from .extension import ApproximateAttentionExtension
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0].replace("_", "-")
         if package not in missing:
@@ -34,4 +34,4 @@ def comfy_entrypoint() -> "ComfyExtension":
             f"the nodes need the package {package}; install it with pip into the Python that runs ComfyUI, or link the "
             "folder packages/comfy-nodes of the whole repository instead of copying it"
         ) from error
-    return ApproximateAttention()
+    return ApproximateAttentionExtension()

@@ -9,6 +9,8 @@ from pathlib import Path
 from comfy_api.latest import io
 from value_utils import MAX_SEED, clocked_sweep, combinations, load_prompts, parse_numbers, seed_batch
 
+from ..schema import node_schema
+
 CATEGORY = "advanced/scheduling"
 NUMBERS = "Numbers separated by commas, spaces or new lines, a JSON list, or a link to a number, a list or a tensor."
 
@@ -19,10 +21,11 @@ class RandomSeedBatch(io.ComfyNode):  # type: ignore[misc]
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node."""
-        return io.Schema(
+        return node_schema(
             node_id="RandomSeedBatch",
             display_name="Random Seed Batch",
             category=CATEGORY,
+            search_aliases=["seeds", "batch of seeds", "random numbers", "series"],
             description="Draws a list of seeds from one seed. The same seed gives the same list on every machine, "
             "and a longer list begins with the shorter one.",
             inputs=[
@@ -51,10 +54,11 @@ class LoadPromptListFromJSON(io.ComfyNode):  # type: ignore[misc]
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node."""
-        return io.Schema(
+        return node_schema(
             node_id="LoadPromptListFromJSON",
             display_name="LoadPromptListFromJSON",
             category=CATEGORY,
+            search_aliases=["prompts from file", "prompt list", "json", "series"],
             description='Reads a list of prompts from a JSON file such as ["a red apple", "a blue house"]. '
             "The file is read again when it has changed.",
             inputs=[
@@ -95,10 +99,11 @@ class ClockedSweepValues(io.ComfyNode):  # type: ignore[misc]
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node."""
-        return io.Schema(
+        return node_schema(
             node_id="ClockedSweepValues",
             display_name="Clocked Sweep Values",
             category=CATEGORY,
+            search_aliases=["sweep", "schedule", "series of values", "parameter sweep"],
             description="Holds each value for an equal share of the clock: 7 entries and 1, 2, 3 give "
             "1, 1, 1, 2, 2, 3, 3.",
             inputs=[
@@ -132,10 +137,11 @@ class Combinations(io.ComfyNode):  # type: ignore[misc]
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node."""
-        return io.Schema(
+        return node_schema(
             node_id="Combinations",
             display_name="Combinations",
             category=CATEGORY,
+            search_aliases=["grid search", "product", "pairs", "parameter sweep"],
             description="Pairs every entry of each list with every entry of the others: 1, 2, 3 and 4, 5 give "
             "six pairs.",
             inputs=[
