@@ -86,11 +86,12 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def contracts(session: nox.Session) -> None:
-    """Who may import whom (import-linter), and the rules of scripts/architecture."""
+    """Who may import whom (import-linter), the rules of scripts/architecture, and figures in documents."""
     # Both only read the sources: no package, and so no torch, is installed.
     sync(session, "--only-group", "contracts", "--only-group", "test")
     session.run("lint-imports", "--no-cache", env={"PYTHONPATH": os.pathsep.join(sources())})
     pytest(session, "tests/test_architecture.py")
+    session.run("python", "scripts/check_docs.py")
 
 
 @nox.session
@@ -159,12 +160,19 @@ def kernels(session: nox.Session) -> None:
 
 
 @nox.session
+def hardening(session: nox.Session) -> None:
+    """Fuzz and fault tests at length; ``workspace`` runs them in short."""
+    sync(session, "--no-default-groups", "--group", "test")
+    session.env["HARDENING"] = "long"
+    pytest(session, "--timeout=1800", "tests/hardening")
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks: those named behind ``--``, else all of them."""
-    found = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("packages/*/benchmarks/bench_*.py"))
+    patterns = ("packages/*/benchmarks/bench_*.py", "benchmarks/bench_*.py")
+    found = sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern))
     chosen = session.posargs or found
-    if not chosen:
-        session.skip("no packages/*/benchmarks/bench_*.py")
     sync(session, "--no-default-groups", "--group", "test")
     for script in chosen:
         session.run("python", script)
@@ -178,6 +186,7 @@ def comfyui(session: nox.Session) -> None:
         session.skip("COMFYUI_PATH does not name a ComfyUI checkout")
     sync(session, "--no-default-groups", "--group", "test")
     session.install("--requirement", str(Path(checkout, "requirements.txt")))
+    session.env["COMFYUI_PYTHON"] = str(Path(session.bin, "python"))
     pytest(session, "-m", "comfyui", "packages", "tests")
 
 
