@@ -36,8 +36,6 @@ blocks of full width, and the last two figures of a scene, speak about Flux.1-de
 behind `PaysOff`. One that is declined leaves exact attention, the same computation: how far its timing differs from
 exact attention's shows how far timings can be trusted. Peak memory is what torch hands out above weights and
 arguments. The distance is that of the second table, on real activations; random weights have none worth measuring.
-`PaysOff` is as good as its stored rates. Those of Taylor attention were measured with heads of width 16 and are too
-high for heads of 128: there it lets Taylor attention through at sizes where exact attention is still faster.
 
 @gpu
 

@@ -172,7 +172,9 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_unbroken_one(finished: Path, 
 @pytest.mark.timeout(900)
 def test_ctrl_c_is_one_clear_line_and_the_run_can_go_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code = "from ttr_controller.cli import main; main()"
+    # A shell that starts jobs in the background lets them ignore the signal.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from ttr_controller.cli import main; main()"
     command = [sys.executable, "-c", code, "quickstart", "--out", str(folder), "--budget", "0.1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 500

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("attn-kernels", "value-utils", "attn-dispatch", "ttr-distill", "ttr-controller", "comfy-nodes")
 
 # Provided by the host that loads the package, or standing for a distribution of another name.
-FROM_THE_HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes"}
+FROM_THE_HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "comet_ml": "comet-ml",
@@ -143,7 +143,7 @@ def test_packages_accept_each_other(package: str) -> None:
 def test_the_extras_are_these() -> None:
     extras = {package: set(project(package)["project"].get("optional-dependencies", {})) for package in PACKAGES}
     assert {package: found for package, found in extras.items() if found} == {
-        "ttr-distill": {"comet", "diffusers", "teacher", "trackio"},
+        "ttr-distill": {"comet", "diffusers", "pipelines", "teacher", "trackio"},
         "ttr-controller": {"biqa", "dreamsim", "hps", "lpips", "quickstart"},
         "comfy-nodes": {"rewards"},
     }

@@ -5,9 +5,11 @@ import torch
 from attn_dispatch import AttentionCall, LayerKey, LayerRange, MinTokens, SigmaBelow, StepContext, TokenLayout
 from attn_dispatch.backends import NearFarBackend, TaylorBackend, TaylorBackendConfig
 from attn_dispatch.guards import PaysOff
-from attn_kernels import NearFarConfig, TokenGrid
+from attn_kernels import NearFarConfig, TaylorConfig, TokenGrid
+from attn_kernels.blocked_cost import taylor_blocked_work
 from attn_kernels.cost import AttentionShape, exact_work, taylor_work
-from attn_kernels.device_model import DeviceModel, Work
+from attn_kernels.device_model import DeviceModel, Work, cpu_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def make_call(layer: LayerKey | None = None, sigma: float | None = None, keys: int = 4) -> AttentionCall:
@@ -159,8 +161,48 @@ def test_backends_say_what_their_calls_take() -> None:
     assert small.flops < large.flops < exact_work(AttentionShape.of(x, x, x)).flops
     assert NearFarBackend().work(replace(call, layout=None)) is None
     assert NearFarBackend(None).work(call) is None
-    config = TaylorBackendConfig(P=3, sub_head_blocks=2)
-    assert TaylorBackend(config).work(call) == taylor_work(AttentionShape.of(x, x, x), terms=3, blocks=2)
+
+
+def test_a_taylor_backend_says_what_its_form_and_block_sizes_take() -> None:
+    x = torch.zeros(1, 2, 1029, 16)
+    call, cut = AttentionCall(x, x, x), AttentionShape(1, 4, 1029, 1029, 8, 8)
+    plain = TaylorBackendConfig(P=3, sub_head_blocks=2, early_probe=False)
+    work = TaylorBackend(plain).work(call)
+    assert work == taylor_blocked_work(cut, terms=3, config=TaylorConfig(key_chunk=16))
+    assert work is not None
+    large = TaylorBackend(replace(plain, block_size_q=512, block_size_k=512)).work(call)
+    assert large is not None
+    assert large.launches < work.launches / 8
+    # The torch form answers on a CPU whatever is wished for; of it the wish for kernels chooses the streaming path.
+    streamed = TaylorBackend(replace(plain, fused_kernel=True)).work(call)
+    assert streamed == taylor_blocked_work(cut, terms=3, config=TaylorConfig(path="streaming", feature_chunk=8192))
+    probed = TaylorBackend(replace(plain, early_probe=True)).work(call)
+    assert probed is not None
+    assert probed.values > work.values
+    assert TaylorBackend(replace(plain, max_feature_dim_R=10)).work(call) is None
+
+
+def test_a_taylor_backend_counts_kernels_only_where_they_are_wished_for_and_can_be() -> None:
+    # Tensors without memory, so that no GPU is needed.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(1, 2, 64, 16, device="cuda")
+        kernels, torch_form = (
+            TaylorBackend(TaylorBackendConfig(P=3, sub_head_blocks=1, fused_kernel=fused)).work(AttentionCall(x, x, x))
+            for fused in (True, False)
+        )
+    assert kernels == taylor_work(AttentionShape.of(x, x, x), terms=3)
+    assert torch_form is not None
+    assert torch_form.operator == "taylor_blocked"
+    assert torch_form.launches > 10 * kernels.launches
+
+
+@pytest.mark.parametrize(("width", "tokens", "pays"), [(128, 4_096, False), (128, 16_896, False), (16, 4_096, True)])
+def test_taylor_is_not_chosen_where_it_was_measured_slower(width: int, tokens: int, pays: bool) -> None:
+    # With the recommended settings on one core: 0.16 and 0.55 times as fast as exact attention, and 3 times.
+    guard = PaysOff(TaylorBackend(TaylorBackendConfig.recommended()).work, model=cpu_model(1))
+    x = torch.zeros(1, 1, 1, width).expand(1, 4, tokens, width)
+    reason = guard(AttentionCall(x, x, x))
+    assert (reason is None) == pays, reason
 
 
 @pytest.mark.parametrize("speed_up", [0.0, -1.0, float("nan"), float("inf")])

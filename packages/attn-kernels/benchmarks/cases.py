@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from attn_kernels import (
@@ -26,6 +27,7 @@ from attn_kernels import (
     taylor_attention,
     window_attention_2d,
 )
+from attn_kernels.blocked_cost import taylor_blocked_work
 from attn_kernels.cost import (
     AttentionShape,
     attend_work,
@@ -100,6 +102,7 @@ def make_cases(scene: Scene, t: Tensors) -> list[Case]:
         "taylor 3": lambda: taylor_case(t, 3),
         "taylor 4": lambda: taylor_case(t, 4),
         "taylor 5": lambda: taylor_case(t, 5),
+        "taylor 3 streamed": lambda: taylor_case(t, 3, path="streaming"),
         "taylor 3 in 8 blocks": lambda: taylor_case(t, 3, blocks=8),
         "taylor 4 in 8 blocks": lambda: taylor_case(t, 4, blocks=8),
         "window 2-D r8": lambda: window_case(scene, t, 8),
@@ -136,18 +139,24 @@ def near_far_case(scene: Scene, t: Tensors, config: NearFarConfig) -> Case:
     )
 
 
-def taylor_case(t: Tensors, terms: int, *, blocks: int = 1) -> Case:
+def taylor_case(t: Tensors, terms: int, *, blocks: int = 1, path: Literal["auto", "streaming"] = "auto") -> Case:
     """Taylor attention; its specification is the truncated series of every pair, in float64."""
     width = t.q.shape[-1] // blocks
-    config = TaylorConfig(blocks=blocks, mode="independent" if blocks > 1 else "whole")
+    config = TaylorConfig(blocks=blocks, mode="independent" if blocks > 1 else "whole", path=path)
     # Independent blocks are heads of their own; their logits are as small as those of a narrow head must be.
     q = t.q * 0.25 if blocks > 1 else t.q
-    name = f"taylor {terms}" + (f" in {blocks} blocks" if blocks > 1 else "")
+    name = f"taylor {terms}" + (f" in {blocks} blocks" if blocks > 1 else " streamed" if path == "streaming" else "")
+    fused = t.q.device.type == "cuda"
+    work = (
+        taylor_work(t.shape, terms=terms, blocks=blocks)
+        if fused
+        else taylor_blocked_work(t.shape, terms=terms, config=config)
+    )
     return Case(
         name,
         lambda: taylor_attention(q, t.k, t.v, terms=terms, scale=width**-0.5, config=config).out,
         lambda: pairwise_series(q, t, terms, blocks, width**-0.5),
-        taylor_work(t.shape, terms=terms, blocks=blocks),
+        work,
     )
 
 

@@ -48,6 +48,11 @@ class Scene:
 
 
 SERIES = ("taylor 3", "taylor 4", "taylor 5")
+WIDER = (
+    (4, 32, ("taylor 3", "taylor 3 streamed", "taylor 4")),
+    *((1, d, ("taylor 3", "taylor 3 streamed")) for d in (64, 128)),
+)
+"""Heads, their width and the series timed on them, up to the sizes at which they are near exact attention."""
 CPU_SIZES = (256, 576, 1024, 2304, 4096, 16384)
 ON_CPU = (
     "near-far t4 k0",
@@ -80,12 +85,18 @@ ON_CUDA = (
 
 
 def cpu_scenes(sizes: tuple[int, ...] = CPU_SIZES) -> list[Scene]:
-    """Squares of image tokens: heads of 16 for the series, whose logits must be small, and of 128 for the others."""
+    """Squares of image tokens: heads of 16 for the series, whose logits must be small, and of 128 for the others.
+
+    The time of the series per feature depends on the width, so wider heads are timed, too, at fewer tokens.
+    """
     scenes = []
     for tokens in sizes:
         side, rounds = isqrt(tokens), 3 if tokens > 10_000 else 7
         square = (side, side)
         scenes.append(Scene("width 16", 4, 16, 0, square, logit_std=0.5, operators=SERIES, rounds=rounds))
+        for heads, width, series in WIDER if tokens <= 4096 else ():
+            name = f"series, width {width}"
+            scenes.append(Scene(name, heads, width, 0, square, logit_std=0.5, operators=series, rounds=rounds))
         scenes.append(Scene("width 128", 4, 128, 12, square, operators=ON_CPU, rounds=rounds))
     return scenes
 

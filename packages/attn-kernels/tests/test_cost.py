@@ -167,6 +167,62 @@ def test_break_even_at_the_ends_of_the_range():
         break_even_tokens(always, **settings, least=9, most=9)
 
 
+def test_near_far_gathers_near_and_chosen_tiles_for_every_tile():
+    shape = square(12 + 24 * 24, heads=2, width=8)
+    grids = [TokenGrid(12, 24, 24)]
+    plain, chosen, wide = (
+        near_far_work(shape, grids=grids, config=NearFarConfig(8, radius, top_k)).copied
+        for radius, top_k in ((1, 0), (1, 2), (2, 0))
+    )
+    # 9 tiles of 64 tokens, each with a key and a value of 8 numbers in two heads.
+    assert chosen - plain == 2 * 9 * 2 * 64 * (8 + 8)
+    # The grid has no more than 3 x 3 tiles to be near.
+    assert plain == wide
+    assert plain > 2 * 9 * 9 * 64 * (8 + 8)
+
+
+# Seconds on one thread of an AMD EPYC (Zen 4), torch 2.15, float32: four heads of 128 and 12 tokens of text.
+@pytest.mark.parametrize(
+    ("tile", "top_k", "side", "seconds"),
+    [
+        (4, 0, 32, 0.0202),
+        (4, 0, 48, 0.0495),
+        (4, 8, 32, 0.0308),
+        (4, 8, 48, 0.0712),
+        (4, 8, 128, 1.070),
+        (8, 0, 32, 0.0323),
+        (8, 0, 48, 0.0693),
+        (8, 2, 32, 0.0391),
+        (8, 2, 48, 0.0834),
+        (8, 2, 128, 0.669),
+    ],
+)
+def test_near_far_takes_at_least_what_was_measured(tile, top_k, side, seconds):
+    shape = square(12 + side * side, heads=4)
+    work = near_far_work(shape, grids=[TokenGrid(12, side, side)], config=NearFarConfig(tile, 1, top_k))
+    assert 1.0 <= cpu_model(1).seconds(work, torch.float32) / seconds <= 1.3
+
+
+# Where the measured times of the same machine crossed, by straight lines between logarithms.
+@pytest.mark.parametrize(
+    ("tile", "top_k", "measured"), [(4, 0, 772), (4, 8, 1200), (8, 0, 1238), (8, 2, 1484)], ids=str
+)
+def test_near_far_break_even_is_not_foretold_too_early(tile, top_k, measured):
+    def pays(side: int) -> bool:
+        shape = square(12 + side * side, heads=4)
+        work = near_far_work(shape, grids=[TokenGrid(12, side, side)], config=NearFarConfig(tile, 1, top_k))
+        return bool(pays_off(work, shape, dtype=torch.float32, device=cpu_model(1)))
+
+    first = next(side for side in range(8, 128) if pays(side))
+    assert measured <= 12 + first * first <= 1.35 * measured
+
+
+def test_what_only_torch_copies_costs_nothing_on_a_gpu():
+    shape, model = square(4096), gpu_model("sm90")
+    work = near_far_work(shape, grids=[TokenGrid(0, 64, 64)], config=NearFarConfig(4, 1, 8))
+    assert model.seconds(work, torch.bfloat16) == model.seconds(work._replace(copied=0.0), torch.bfloat16)
+
+
 def test_near_far_on_this_device_pays_off_at_many_tokens_only():
     def at(tokens: int) -> tuple[AttentionShape, Work]:
         side = isqrt(tokens)

@@ -26,6 +26,14 @@ def test_time_is_the_fixed_part_and_each_kind_of_work_over_its_rate():
     assert PLAIN.seconds(WORK, torch.float32) == 2 * 0.5 + 14.0 / 0.125
 
 
+def test_copies_count_where_the_device_has_a_rate_for_them():
+    copies = WORK._replace(copied=25.0)
+    assert PLAIN.ideal_seconds(copies, torch.float32) == 14.0
+    assert replace(PLAIN, copying=20.0).ideal_seconds(copies, torch.float32) == 14.0 + 5.0
+    with pytest.raises(ValueError, match="copying must be positive"):
+        replace(PLAIN, copying=0.0)
+
+
 def test_what_overlaps_takes_as_long_as_the_slowest():
     assert replace(PLAIN, overlaps=True).ideal_seconds(WORK, torch.float32) == 5.0
 
@@ -83,8 +91,14 @@ def test_a_fitted_line_never_starts_below_zero():
     assert fixed == 0.0
 
 
+def test_half_precision_is_not_taken_to_be_faster_on_a_cpu():
+    model = cpu_model()
+    assert model.flops["bfloat16"] == model.flops["float16"] == model.flops["float32"]
+
+
 def test_threads_multiply_the_rates_of_a_cpu():
     assert cpu_model(4).flops["float32"] == 4 * cpu_model(1).flops["float32"]
+    assert cpu_model(4).copying == 4 * cpu_model(1).copying
     assert device_model("cpu").name == f"CPU, {torch.get_num_threads()} threads"
     assert device_model("meta").name == device_model("cpu").name
 

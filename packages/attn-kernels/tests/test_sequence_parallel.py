@@ -1,12 +1,13 @@
 """Near-far attention over several ranks is that of one rank, and what travels is what is foretold."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 from attn_kernels import NearFarConfig, Partial, TokenGrid, near_far_attention
 from attn_kernels.sequence_parallel import SequenceParallelNearFar
 from attn_kernels.sequence_shards import Shards, received_bytes
@@ -67,7 +68,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch has no gloo here")
-    processes.spawn(answer, (f"file://{folder / 'store'}", str(folder)), nprocs=MOST)
+    command = [sys.executable, __file__, f"file://{folder / 'store'}", str(folder)]
+    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(MOST)]
+    errors = [process.communicate(timeout=240)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * MOST, "\n".join(errors)
     return folder
 
 
@@ -102,3 +106,7 @@ def test_chosen_tiles_of_other_ranks_matter() -> None:
     without = near_far_attention(q, k, v, grids=[case.grid], config=NearFarConfig(4, 1, 0), impl="reference").out
     chosen = near_far_attention(q, k, v, grids=[case.grid], config=case.config, impl="reference").out
     assert (without - chosen).abs().max() > 1e-2
+
+
+if __name__ == "__main__":
+    answer(int(sys.argv[3]), sys.argv[1], sys.argv[2])

@@ -2,7 +2,25 @@ import pytest
 import torch
 from ttr_controller import budget
 from ttr_controller.judge import Judge
+from ttr_controller.quality.objective import QualityObjective
 from ttr_controller.testing import ToyBackend, ToySampler
+
+
+class ByPrompt(QualityObjective):
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __call__(self, student_latent, teacher_latent, student_images, teacher_images, prompts=None):
+        self.asked.append(prompts)
+        return super().__call__(student_latent, teacher_latent, student_images, teacher_images, prompts)
+
+
+def test_the_objective_gets_the_prompts():
+    toy = ToySampler(torch.ones(4, 3))
+    objective = ByPrompt()
+    Judge(toy, ToyBackend(toy), objective).mask_errors(budget.all_full(4, 3), ["a", "bb"], [0, 1])
+    assert objective.asked == [["a", "bb"]]
 
 
 def test_mask_errors_are_those_of_the_mask_per_image():

@@ -4,7 +4,13 @@ import pytest
 import torch
 from ttr_controller.budget import top_k_mask
 from ttr_controller.costs import as_choices
-from ttr_controller.knapsack import bucket_errors, choices_from_logits, knapsack_choices, layer_threshold_scores
+from ttr_controller.knapsack import (
+    bucket_errors,
+    choices_from_logits,
+    knapsack_choices,
+    knapsack_scores,
+    layer_threshold_scores,
+)
 
 
 def brute_force(errors, costs, limit):
@@ -33,6 +39,38 @@ def test_it_finds_what_trying_everything_finds(seed):
         found = errors.gather(2, choices[..., None]).square().sum().item()
         assert spent <= limit * (1 + 1e-6)
         assert found <= brute_force(errors, costs, limit) * 1.02 + 1e-9
+
+
+def test_scores_at_equal_costs_stand_in_the_order_of_the_errors():
+    errors = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
+    scores = knapsack_scores(errors, torch.tensor([3.0, 1.0]).expand(5, 2))
+    assert torch.equal(scores.flatten().argsort(), errors.flatten().argsort())
+
+
+def test_scores_count_the_plans_and_break_ties_by_what_a_cost_buys():
+    # The first buys most for its cost, but does not fit most limits.
+    large = knapsack_scores(
+        torch.tensor([[11.0, 1.0, 0.9]]).sqrt(), torch.tensor([[11.0, 1.0], [2.0, 1.0], [2.0, 1.0]])
+    )
+    assert large[0, 1] > large[0, 2] > large[0, 0]
+    # One limit: the first two are both in its plan; the second buys more for its cost, the first more in all.
+    costs = torch.tensor([[5.0, 1.0], [2.0, 1.0], [11.0, 1.0]])
+    alike = knapsack_scores(torch.tensor([[1.0, 0.9, 0.1]]), costs, limits=1)
+    assert alike[0, 1] > alike[0, 0] > 1.0 > alike[0, 2]
+
+
+def test_scores_weigh_errors_against_what_a_student_saves():
+    # Per unit of cost the second layer is worth more; the third one's student is dearer than full attention.
+    errors = torch.tensor([[1.0, 0.9, 0.5], [0.2, 0.18, 0.1]])
+    costs = torch.tensor([[5.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
+    scores = knapsack_scores(errors, costs)
+    assert scores[0, 1] > scores[0, 0] > scores[1, 0]
+    assert (scores[:, 2] >= scores[:, :2].max()).all()
+    half = 0.5 * (costs.amin(dim=1).sum() + costs[:, 0].sum()).item() * 2
+    plan = knapsack_choices(torch.stack([torch.zeros_like(errors), errors], dim=2), costs, half) == 0
+    assert scores[plan].min() >= scores[~plan].max(), "here the best plan of a budget is a threshold of the scores"
+    with pytest.raises(ValueError, match="non-negative"):
+        knapsack_scores(-errors, costs)
 
 
 def test_with_equal_costs_it_keeps_the_largest_errors_full():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from ttr_controller import methods
 from ttr_controller.budget import top_k_mask
+from ttr_controller.costs import AttentionCosts
 from ttr_controller.policy import PolicyConfig
 from ttr_controller.relaxed import RelaxedConfig
 from ttr_controller.testing import ToyBackend, ToySampler
@@ -68,6 +69,23 @@ def test_the_layer_rule_is_one_score_per_layer(ranked):
     scores = found["layer error"].scores
     assert torch.equal(scores, scores[:1].expand(scores.shape))
     assert not torch.equal(found["budget"].scores, scores)
+
+
+def test_budget_weighs_errors_against_costs_and_joins_the_errors_of_long_schedules():
+    toy = ToySampler(torch.tensor([[0.3, 0.6], [0.9, 0.1]]), rows=2, columns=2)
+    even = AttentionCosts.of_student([0.5, 0.5])
+    by_error = methods.rank_by_budget(toy, IMAGES, ToyBackend(toy), even)
+    errors = methods.rank_by_layer_error(toy, IMAGES, ToyBackend(toy))[1].scores
+    assert (by_error.method, by_error.rollouts) == ("budget", 0.0)
+    assert torch.equal(by_error.scores.flatten().argsort(), errors.flatten().argsort())
+    dear = AttentionCosts(("full", "student"), torch.tensor([[100.0, 1.0], [2.0, 1.0]]))
+    by_cost = methods.rank_by_budget(toy, IMAGES, ToyBackend(toy), dear).scores
+    assert by_cost[:, 1].min() > by_cost[:, 0].max(), "a slot of the first layer costs as much as 99 of the second"
+    long = ToySampler(torch.rand(20, 1, generator=torch.Generator().manual_seed(0)), rows=2, columns=2)
+    scores = methods.rank_by_budget(long, IMAGES, ToyBackend(long), AttentionCosts.of_student([0.5])).scores
+    assert scores.shape == (20, 1)
+    # Equal errors within a bucket: the knapsack may take either slot, their order by worth is shared.
+    assert len((scores % 1.0).round(decimals=4).unique()) == methods.SIGMA_BUCKETS
 
 
 def test_simple_rules_have_the_exact_count():

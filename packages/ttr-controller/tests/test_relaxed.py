@@ -1,11 +1,13 @@
 import pytest
 import torch
 from attn_dispatch.router import AttentionRouter, Route
+from torch import multiprocessing
 from ttr_controller.budget import top_k_mask
 from ttr_controller.guard import ScheduleGuard
 from ttr_controller.relaxed import GateHandler, RelaxedConfig, RelaxedTrainer, concrete_gates
 from ttr_controller.rollout import GradientModel
 from ttr_controller.testing import ToyBackend, ToySampler
+from ttr_distill.distributed import World, joined
 
 EVEN = torch.zeros(2, 4)
 POOL = (["a", "bb", "ccc"], [0, 1, 2])
@@ -127,3 +129,59 @@ def test_a_slot_is_worth_what_it_gains_beyond_the_common_price():
     # More full attention helps every slot; at a fixed budget some have to pay for the others.
     assert gradient.sum().abs() < 1e-5 * gradient.abs().sum()
     assert gradient[best].mean() < 0.0 < gradient[~best].mean()
+
+
+class Deaf(World):
+    """One of two processes that hears nothing of the other."""
+
+    def mean_(self, tensors):
+        pass
+
+    def gather(self, value):
+        return [value]
+
+
+class Rows:
+    def __init__(self):
+        self.rows = []
+
+    def write(self, row):
+        self.rows.append(dict(row))
+
+
+def learned(world, iterations):
+    toy, _ = toy_with_a_best_subset()
+    rows = Rows()
+    config = RelaxedConfig(iterations=iterations, batch=1)
+    trainer = RelaxedTrainer(toy, ToyBackend(toy), EVEN, config, sinks=(rows,), world=world)
+    made = list(trainer.fit(*POOL, should_stop=lambda: False))
+    return trainer.state_dict(), made, rows.rows
+
+
+def one_process(rank, folder):
+    torch.set_num_threads(1)
+    environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    with joined("cpu", environment=environment, init_method=f"file://{folder / 'meet'}") as world:
+        torch.save([learned(world, 1), learned(world, 3)], folder / f"{rank}.pt")
+
+
+def test_two_processes_follow_the_mean_of_their_gradients_and_the_main_one_logs(tmp_path):
+    multiprocessing.start_processes(one_process, (tmp_path,), nprocs=2, start_method="fork")
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    alone = [learned(Deaf(rank, 2), 1) for rank in range(2)]
+    mean = (alone[0][0]["gates.momentum"] + alone[1][0]["gates.momentum"]) / 2
+    assert not torch.allclose(alone[0][0]["gates.momentum"], mean), "each draws gates and images of its own"
+    torch.testing.assert_close(found[0][0][0]["gates.momentum"], mean)
+    assert found[0][0][1][0]["loss"] == pytest.approx(sum(made[0]["loss"] for _, made, _ in alone) / 2)
+    for name, value in found[0][1][0].items():
+        assert torch.equal(value, found[1][1][0][name]), name
+    assert [row["step"] for row in found[0][1][2]] == [1, 2, 3]
+    assert found[1][1][2] == []
+
+
+def test_every_iteration_is_a_row_for_the_sinks_the_first_included():
+    _, made, rows = learned(None, 2)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert [(row["loss"], row["share"]) for row in rows] == [(row["loss"], row["share"]) for row in made]
+    assert all(row["target_full_attn_ratio"] == row["share"] == 0.5 for row in rows)
+    assert {row["method"] for row in rows} == {"relaxed"}

@@ -11,9 +11,9 @@ POOL = (["a", "bb", "c"], [0, 1, 2])
 STEP = StepContext(0.5, 3.0, (2, 2))
 
 
-def make(seed=0, **settings):
+def make(seed=0, hidden_dim=32, **settings):
     toy = ToySampler(torch.rand(3, 3, generator=torch.Generator().manual_seed(0)), rows=2, columns=2)
-    policy = RoutingPolicy(3, PolicyConfig(embed_dim=16, hidden_dim=32), seed=0)
+    policy = RoutingPolicy(3, PolicyConfig(embed_dim=16, hidden_dim=hidden_dim), seed=0)
     config = ControllerConfig(validate_every=1, checkpoint_every=2, **settings)
     eligible = torch.tensor([True, True, False])
     trainer = ControllerTrainer(toy, ToyBackend(toy), policy, config, seed=seed, eligible=eligible)
@@ -63,8 +63,13 @@ def test_what_does_not_fit_is_refused_in_one_sentence(tmp_path):
     save_trainer(tmp_path / "c", make(), fingerprint="f")
     with pytest.raises(CheckpointError, match="f"):
         load_policy(tmp_path / "c", fingerprint="other")
-    with pytest.raises(CheckpointError, match="does not fit: the saved training has layers, policy and seed"):
-        load_trainer(tmp_path / "c", make(seed=1), fingerprint="f")
+    with pytest.raises(
+        CheckpointError, match=r"does not fit: the saved weights cannot follow .*hidden_dim: 64 here, 32 there"
+    ):
+        load_trainer(tmp_path / "c", make(hidden_dim=64), fingerprint="f")
+    other = make(seed=1)
+    load_trainer(tmp_path / "c", other, fingerprint="f")
+    assert other.seed == 1, "what the caller sets wins"
     save_checkpoint(tmp_path / "d", {"a": torch.zeros(1)}, {"kind": "students"})
     with pytest.raises(CheckpointError, match="holds no controller"):
         load_policy(tmp_path / "d")

@@ -20,6 +20,21 @@ def test_each_pair_is_sampled_once():
     torch.testing.assert_close(mixed.latent, toy.sample(["a", "a"], [0, 7]).latent)
 
 
+def test_each_size_has_its_own_samples_and_contexts():
+    toy = ToySampler(torch.ones(3, 2))
+    cache = TeacherCache(toy)
+    small = cache.get(["a"], [0]).images
+    toy.rows, toy.columns = 4, 6
+    assert cache.contexts == ()
+    assert cache.get(["a"], [0]).images.shape == (1, 3, 4, 6)
+    assert cache.contexts == toy.contexts()
+    toy.rows, toy.columns = 3, 4
+    toy.calls = 0
+    assert torch.equal(cache.get(["a"], [0]).images, small)
+    assert toy.calls == 0
+    assert cache.contexts == toy.contexts()
+
+
 def test_contexts_are_those_of_the_sampler():
     toy = ToySampler(torch.ones(3, 2))
     cache = TeacherCache(toy)

@@ -65,10 +65,28 @@ def test_another_training_is_refused():
     trainer = make()
     trainer.prepare(*POOL)
     state = trainer.state_dict()
-    with pytest.raises(ValueError, match="layers, policy and seed"):
-        make(seed=1).load_state_dict(state)
-    with pytest.raises(ValueError, match="layers, policy and seed"):
+    with pytest.raises(ValueError, match=r"layers: \['toy:0', 'toy:1'\] here, \['toy:0', .* there"):
         make(layers=2).load_state_dict(state)
+    wider = {**state["manifest"], "policy": {**state["manifest"]["policy"], "hidden_dim": 4096}}
+    with pytest.raises(ValueError, match=r"changed setting \(hidden_dim: \d+ here, 4096 there\)"):
+        make().load_state_dict({**state, "manifest": wider})
+
+
+def test_another_seed_wins_over_the_state_and_what_was_learned_stays():
+    trainer = make()
+    trainer.prepare(*POOL)
+    list(trainer.fit(*POOL, 2))
+    state = trainer.state_dict()
+    same, other, again = make(), make(seed=1), make(seed=1)
+    for one in (same, other, again):
+        one.load_state_dict(state)
+    assert other.state_dict()["manifest"] == {**state["manifest"], "seed": 1}
+    for one in (trainer, same, other, again):
+        list(one.fit(*POOL, 4))
+    weights = [one.policy.state_dict() for one in (trainer, same, other, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert all(torch.equal(weights[2][name], weights[3][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
 
 
 def test_contexts_survive_json():

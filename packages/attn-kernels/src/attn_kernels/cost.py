@@ -213,11 +213,25 @@ def near_far_work(shape: AttentionShape, *, grids: Sequence[TokenGrid], config: 
         config: Settings of the operator.
     """
     base = attend_work(_tiled(config), shape, near_far_keys(grids, shape.keys, config), launches=4)
+    gathered = shape.batch * shape.heads * _gathered(grids, config) * (shape.width + shape.value_width)
+    # Four times: into tiles, two answers, their merge.
+    base = base._replace(copied=gathered + 4.0 * shape.values)
     values = base.values + shape.batch * shape.heads * shape.keys * (shape.width + shape.value_width)
     if config.top_k == 0:
         return base._replace(values=values)
     scores = float(shape.batch * shape.heads * tile_total(grids, config.tile_shape) ** 2)
     return base._replace(values=values, flops=base.flops + 2.0 * scores * shape.width, products=scores, launches=6)
+
+
+def _gathered(grids: Sequence[TokenGrid], config: NearFarConfig) -> float:
+    """Keys that the torch form of near-far attention gathers for one head: near and chosen tiles of each query tile.
+
+    Tiles at an edge gather as many as the others; what does not exist is masked.
+    """
+    height, width = config.tile_shape
+    side = 2 * config.radius + 1
+    near = max(min(side, -(-grid.rows // height)) * min(side, -(-grid.columns // width)) for grid in grids)
+    return float(tile_total(grids, config.tile_shape) * (near + config.top_k) * height * width)
 
 
 def _tiled(config: NearFarConfig) -> str:

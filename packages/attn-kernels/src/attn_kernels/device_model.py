@@ -1,5 +1,6 @@
 """How long work takes on a device: a fixed part, and what is done over the rate at which it is done."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
@@ -19,6 +20,7 @@ class Work(NamedTuple):
         products: Numbers multiplied one by one: the monomials of a series.
         values: Numbers read from or written to memory, each tensor once.
         launches: Kernels or passes one after the other.
+        copied: Numbers that a torch form copies between its passes and a kernel never writes: gathered keys and values.
     """
 
     operator: str
@@ -27,6 +29,7 @@ class Work(NamedTuple):
     products: float
     values: float
     launches: int
+    copied: float = 0.0
 
 
 class Timing(NamedTuple):
@@ -59,6 +62,7 @@ class DeviceModel:
         efficiency: Share of the rates that an operator reaches; above one where the rates are cautious. A variant that
             is not named has that of its operator, an operator that is not named that of ``"other"``.
         overhead: Seconds of a call beyond its launches, named in the same way; zero where there is no name.
+        copying: Bytes per second copied between the passes of a torch form; infinite where kernels do without.
     """
 
     name: str
@@ -71,11 +75,14 @@ class DeviceModel:
     overlaps: bool
     efficiency: Mapping[str, float]
     overhead: Mapping[str, float] = field(default_factory=dict)
+    copying: float = math.inf
 
     def __post_init__(self) -> None:
         rates = (*self.flops.values(), *self.efficiency.values(), self.exponentials, self.products, self.bandwidth)
-        if not self.flops or "other" not in self.efficiency or not all(0.0 < rate < float("inf") for rate in rates):
+        if not self.flops or "other" not in self.efficiency or not all(0.0 < rate < math.inf for rate in rates):
             raise ValueError(f"{self.name}: rates and efficiencies must be positive, 'other' among them, got {self}")
+        if not self.copying > 0.0:
+            raise ValueError(f"{self.name}: copying must be positive, got {self.copying}")
         if self.launch_seconds < 0.0 or any(seconds < 0.0 for seconds in self.overhead.values()):
             raise ValueError(f"{self.name}: launch_seconds and overhead must not be negative, got {self}")
 
@@ -109,6 +116,7 @@ class DeviceModel:
             work.exponentials / self.exponentials,
             work.products / self.products,
             work.values * dtype.itemsize / self.bandwidth,
+            work.copied * dtype.itemsize / self.copying,
         )
         return max(parts) if self.overlaps else sum(parts)
 
@@ -183,11 +191,11 @@ def cpu_model(threads: int = 1) -> DeviceModel:
     return DeviceModel(
         name=f"CPU, {threads} threads",
         source="measured: one thread of an AMD EPYC (Zen 4), torch 2.15, float32; see benchmarks/results",
-        flops={name: threads * rate for name, rate in (("float32", 96e9), ("float16", 96e9), ("bfloat16", 190e9))},
+        flops={name: threads * rate for name, rate in (("float32", 96e9), ("float16", 96e9), ("bfloat16", 96e9))},
         exponentials=threads * 2e9,
         products=threads * 2e9,
         bandwidth=threads * 12e9,
-        launch_seconds=10e-6,
+        launch_seconds=2e-6,
         overlaps=False,
         efficiency={
             "exact": 0.97,
@@ -197,30 +205,29 @@ def cpu_model(threads: int = 1) -> DeviceModel:
             "kernel_regression:given": 0.71,
             "kernel_regression:hedgehog": 1.2,
             "landmark": 0.91,
-            "near_far": 0.44,
-            "near_far:4": 0.44,
-            "near_far:8": 0.45,
+            "near_far": 0.62,
+            "near_far:4": 0.68,
+            "near_far:8": 0.62,
             "other": 0.5,
-            "taylor": 1.0,
-            "taylor:3": 0.76,
-            "taylor:4": 1.0,
-            "taylor:5": 1.2,
+            # Of the work that kernels do; what the torch form does by its settings is "taylor_blocked".
+            "taylor": 0.6,
+            "taylor_blocked": 0.73,
             "window": 0.24,
         },
         overhead={
-            "exact": 7.4e-05,
-            "hybrid": 0.0014,
+            "exact": 8.2e-05,
+            "hybrid": 0.0015,
             "kernel_regression": 0.0022,
             "kernel_regression:bf16": 0.0023,
             "kernel_regression:hedgehog": 0.0013,
-            "landmark": 0.00067,
-            "near_far:4": 0.0041,
+            "landmark": 0.00069,
+            "near_far": 0.0012,
+            "near_far:4": 0.0008,
             "near_far:8": 0.0012,
-            "taylor": 0.0017,
-            "taylor:3": 0.0011,
-            "taylor:4": 0.0017,
-            "taylor:5": 0.012,
+            "taylor": 0.0012,
+            "taylor_blocked": 0.001,
         },
+        copying=threads * 8e9,
     )
 
 
@@ -254,6 +261,8 @@ def gpu_model(target: Target) -> DeviceModel:
             "taylor": 0.29,
             "taylor:2": 0.65,
             "taylor:3": 0.65,
+            # Computed in float32, whatever the dtype of the tensors.
+            "taylor_blocked": 0.4 * single / half,
             "landmark": 0.75,
             "window": 0.63,
             "hybrid": 0.5,

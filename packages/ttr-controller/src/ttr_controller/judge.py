@@ -46,7 +46,7 @@ class Judge:
         """Sample with the students behind a guard and compare."""
         teacher = self.teacher.get(prompts, seeds)
         made = self.sampler.sample(prompts, seeds, self.router(guard))
-        return self.objective(made.latent, teacher.latent, made.images, teacher.images)
+        return self.objective(made.latent, teacher.latent, made.images, teacher.images, prompts=prompts)
 
     def mask_errors(self, mask: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Errors ``[B]`` of a fixed plan ``[steps, L]``: bool with True = full, or int64 number of the attention."""

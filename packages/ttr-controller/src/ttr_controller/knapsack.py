@@ -79,6 +79,32 @@ def choices_from_logits(logits: Tensor, costs: Tensor, limit: float) -> Tensor:
     return knapsack_choices(regret.sqrt(), costs, limit * float(costs[:, 0].sum()) * logits.shape[0])
 
 
+def knapsack_scores(errors: Tensor, costs: Tensor, *, limits: int = 24) -> Tensor:
+    """Rank slots of one student by the knapsacks at cost limits from all student to all full.
+
+    Args:
+        errors: ``[steps, L]``, error of the student in each slot.
+        costs: ``[L, 2]`` or ``[steps, L, 2]``, of full attention and of the student.
+        limits: Number of limits, evenly spaced.
+
+    Returns:
+        ``[steps, L]``, high = needs full attention: at how many of the limits the best plan has it; slots that are
+        alike in that stand in the order of squared error for each unit of cost that the student saves.
+
+    Raises:
+        ValueError: Shapes differ, or a value is negative or NaN.
+    """
+    pairs = torch.stack([torch.zeros_like(errors), errors], dim=2)
+    priced = _checked(pairs, costs).double()
+    low, high = float(priced.amin(dim=2).sum()), float(priced[..., 0].sum())
+    worth = errors.double().square() / (priced[..., 0] - priced[..., 1]).clamp_min(1e-12)
+    order = (worth.flatten()[:, None] > worth.flatten()).sum(dim=1).view_as(worth)
+    scores = order / (order.numel() * 1.0)
+    for part in range(1, limits + 1):
+        scores += knapsack_choices(pairs, costs, low + (high - low) * part / (limits + 1)) == 0
+    return scores.float()
+
+
 def layer_threshold_scores(layer_errors: Tensor, steps: int) -> Tensor:
     """Scores ``[steps, L]`` that keep the layers of largest distillation error full, in every step.
 

@@ -15,6 +15,8 @@ from attn_dispatch.router import Backend
 from torch import Tensor
 
 from ttr_controller import budget
+from ttr_controller.costs import AttentionCosts
+from ttr_controller.knapsack import bucket_errors, knapsack_scores
 from ttr_controller.layer_errors import measure_layer_errors
 from ttr_controller.policy import PolicyConfig, RoutingPolicy
 from ttr_controller.probe import flip_evaluations, flip_scores, velocity_error_probe
@@ -25,8 +27,10 @@ from ttr_controller.trainer import ControllerConfig, ControllerTrainer
 METHODS = ("relaxed", "reinforce", "flips", "probe", "budget")
 """Names of the learners that a user can choose, the default first: it did best on held-out images at equal cost.
 
-``"budget"`` ranks by distillation error and learns nothing.
+``"budget"`` weighs distillation error against cost by a knapsack and learns nothing.
 """
+SIGMA_BUCKETS = 16
+"""Errors of longer schedules are joined within so many ranges of sigma; each step of a shorter one stands alone."""
 
 Images = tuple[Sequence[str], Sequence[int]]
 """Prompts, and one seed for each."""
@@ -53,6 +57,22 @@ def rank_by_layer_error(sampler: Sampler, images: Images, backend: Backend) -> t
     errors = meter.errors()
     layers = errors.square().mean(dim=0).sqrt().expand(errors.shape).clone()
     return Ranking("layer error", layers, 0.0), Ranking("budget", errors, 0.0)
+
+
+def rank_by_budget(sampler: Sampler, images: Images, backend: Backend, costs: AttentionCosts) -> Ranking:
+    """Rank by the knapsacks over the students' distance from the teacher's attention and the cost of either.
+
+    Args:
+        sampler: Makes images.
+        images: On whose exact sampling the distances are measured.
+        backend: The students.
+        costs: Of full attention and of the students, measured or modelled.
+    """
+    meter = measure_layer_errors(sampler, *images, backend)
+    errors = meter.errors()
+    if len(meter.sigmas) > SIGMA_BUCKETS:
+        errors = bucket_errors(meter.sigmas, meter.sigmas, errors, SIGMA_BUCKETS)
+    return Ranking("budget", knapsack_scores(errors, costs.table), 0.0)
 
 
 def rank_by_probe(

@@ -29,7 +29,9 @@ from attn_dispatch.call import AttentionCall, LayerKey, NativeAttention
 from attn_dispatch.router import Backend
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from ttr_distill.distributed import World
 from ttr_distill.grad import plain, training_mode
+from ttr_distill.metrics import MetricSink
 from ttr_distill.seeding import stream
 
 from ttr_controller.budget import logits_for_scores, shift_to_share
@@ -134,6 +136,8 @@ class RelaxedTrainer:
         config: Settings.
         seed: Seed of every draw.
         eligible: ``[L]`` bool; other layers stay full. ``None``: all.
+        sinks: Get a row per iteration, the first included.
+        world: The processes that learn together, each from images of its own; ``None``: this one alone.
 
     Raises:
         ValueError: ``start`` does not fit the model's layers.
@@ -148,6 +152,8 @@ class RelaxedTrainer:
         *,
         seed: int = 0,
         eligible: Tensor | None = None,
+        sinks: Sequence[MetricSink] = (),
+        world: World | None = None,
     ) -> None:
         if start.ndim != 2 or start.shape[1] != len(model.layers):
             raise ValueError(f"start must be [steps, {len(model.layers)}], got {tuple(start.shape)}")
@@ -155,6 +161,8 @@ class RelaxedTrainer:
         self.backend = backend
         self.config = config or RelaxedConfig()
         self.seed = seed
+        self.sinks = tuple(sinks)
+        self.world = world or World()
         self.iteration = 0
         with training_mode():
             everyone = torch.ones(len(model.layers), dtype=torch.bool)
@@ -173,7 +181,9 @@ class RelaxedTrainer:
 
     def evaluations(self) -> int:
         """Model evaluations that all iterations cost; a rollout costs one per step and image."""
-        return self.config.iterations * self.config.batch * self.logits.shape[0] * EVALUATIONS_PER_STEP
+        return (
+            self.config.iterations * self.config.batch * self.world.size * self.logits.shape[0] * EVALUATIONS_PER_STEP
+        )
 
     def step(self, prompts: Sequence[str], seeds: Sequence[int]) -> GateRow:
         """Make one gradient step on a batch.
@@ -184,7 +194,8 @@ class RelaxedTrainer:
         share = self.config.shares[self.iteration % len(self.config.shares)]
         with training_mode():
             self.logits += shift_to_share(self.logits, share, eligible=self.eligible)
-            generator = stream(self.seed, "gates", self.iteration)
+            own = [self.world.rank] if self.world.rank else []
+            generator = stream(self.seed, "gates", self.iteration, *own)
             logits = self.logits.clone().requires_grad_()
             drawn = concrete_gates(logits, self.config.gate_temperature, generator)
             gates = torch.where(self.eligible, drawn, 1.0).detach().requires_grad_()
@@ -194,9 +205,14 @@ class RelaxedTrainer:
             (reach,) = torch.autograd.grad(drawn.sum(), logits)
             reach = torch.where(self.eligible, reach, 0.0)
             price = (worth * reach).sum() / reach.sum()
-            self._descend(reach * (worth - price))
+            gradient, error = reach * (worth - price), loss.detach()
+            self.world.mean_([gradient, error])
+            self._descend(gradient)
         self.iteration += 1
-        return {"loss": float(loss.detach()), "share": share, "iteration": float(self.iteration)}
+        row = {"loss": float(error), "share": share, "iteration": float(self.iteration)}
+        for sink in self.sinks if self.world.main else ():
+            sink.write({"step": self.iteration, "method": "relaxed", "target_full_attn_ratio": share, **row})
+        return row
 
     def fit(
         self,
@@ -216,15 +232,17 @@ class RelaxedTrainer:
             One row per iteration.
 
         Raises:
-            ValueError: The pool is smaller than a batch.
+            ValueError: The pool is smaller than the batches of all processes.
         """
-        if not self.config.batch <= len(prompts) == len(seeds):
-            raise ValueError(f"a batch of {self.config.batch} needs as many prompts with a seed each")
+        wanted = self.config.batch * self.world.size
+        if not wanted <= len(prompts) == len(seeds):
+            raise ValueError(f"a batch of {wanted} needs as many prompts with a seed each")
         while self.iteration < self.config.iterations:
-            if should_stop is not None and should_stop():
+            # All processes stop together, or those that go on would wait for ever.
+            if should_stop is not None and any(self.world.gather(should_stop())):
                 return
             order = torch.randperm(len(prompts), generator=stream(self.seed, "gate-batch", self.iteration))
-            batch = order[: self.config.batch].tolist()
+            batch = self.world.share(order[:wanted].tolist())
             yield self.step([prompts[i] for i in batch], [seeds[i] for i in batch])
 
     def state_dict(self) -> dict[str, Tensor]:

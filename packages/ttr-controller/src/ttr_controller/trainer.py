@@ -49,6 +49,7 @@ from ttr_controller.trainer_state import (
     TrainerState,
     pack_contexts,
     pack_optimizer,
+    unfit,
     unpack_contexts,
     unpack_optimizer,
     with_prefix,
@@ -348,18 +349,16 @@ class ControllerTrainer:
         return {"tensors": tensors, "manifest": manifest}
 
     def load_state_dict(self, state: TrainerState) -> None:
-        """Go on from ``state_dict()``; settings are those of this trainer, not of the state.
+        """Go on from ``state_dict()``; settings, the seed of what is drawn next included, are those of this trainer.
 
         The best candidate is kept only where it was found for the same eligible layers and target.
 
         Raises:
-            ValueError: The state belongs to other layers, another policy or another seed.
+            ValueError: The state belongs to other layers, actions or another policy, whose weights do not fit.
         """
         tensors, saved, mine = state["tensors"], state["manifest"], self.state_dict()["manifest"]
-        theirs = (saved["layers"], saved["policy"], saved["seed"], saved["actions"])
-        ours = (mine["layers"], mine["policy"], mine["seed"], mine["actions"])
-        if theirs != ours:
-            raise ValueError(f"the saved training has layers, policy and seed {theirs}, this one {ours}")
+        if different := unfit(saved, mine):
+            raise ValueError(f"the saved weights cannot follow a changed setting ({different})")
         self.policy.load_state_dict(with_prefix(tensors, "policy."))
         self.optimizer = self._new_optimizer()
         unpack_optimizer(self.optimizer, self.policy, tensors)

@@ -75,6 +75,14 @@ class TrainerState(TypedDict):
     manifest: TrainerManifest
 
 
+def unfit(saved: TrainerManifest, wanted: TrainerManifest) -> str:
+    """Name what the weights depend on and differs, as ``name: wanted here, saved there``; empty if nothing does."""
+    theirs = {"layers": saved["layers"], "actions": saved["actions"], **saved["policy"]}
+    ours = {"layers": wanted["layers"], "actions": wanted["actions"], **wanted["policy"]}
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    return "; ".join(f"{name}: {ours.get(name)} here, {theirs.get(name)} there" for name in names)
+
+
 def pack_contexts(contexts: tuple[StepContext, ...]) -> list[list[float]]:
     """Diffusion steps as plain numbers."""
     return [[step.sigma, step.cfg_scale, *step.latent_size] for step in contexts]

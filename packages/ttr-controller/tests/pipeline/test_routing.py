@@ -1,10 +1,12 @@
 """Phase 2 of a small run on the real embedded teacher, by every method."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch import multiprocessing
 from ttr_controller.methods import METHODS
 from ttr_controller.pipeline import routing
 from ttr_controller.pipeline.distilling import load_trained
@@ -14,6 +16,8 @@ from ttr_controller.pipeline.run_directory import RunDirectory
 from ttr_controller.pipeline.serving import draw
 from ttr_controller.pipeline.settings import QuickstartSettings, RunError
 from ttr_controller.pipeline.workbench import Workbench
+from ttr_distill.distributed import joined
+from ttr_distill.metrics import QueuedSink
 from ttr_distill.saved_students import load_students, save_students
 
 SMALL = QuickstartSettings(budget_minutes=0.1, rows=8, columns=8, steps=2, timing_sides=(8,))
@@ -31,6 +35,7 @@ def test_every_method_leaves_a_controller_that_serves(run, method):
     run_controller(run, method, rollouts=8)
     section = run.section("controller")
     assert section["learner"] == method
+    assert section["start"]["chosen"].startswith("knapsack of distillation error and ") == (method == "budget")
     assert section["rollouts"] == (8 if method in routing.LEARNING else 0)
     learned = load_routing(Workbench.open(run))
     slots = learned.scores.numel()
@@ -80,6 +85,54 @@ def test_a_broken_off_training_ends_like_an_unbroken_one(run, tmp_path):
     run_controller(copy, "relaxed", rollouts=16)
     whole, again = (load_routing(Workbench.open(one)).policy.state_dict() for one in (run, copy))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+# What both share is shown by one of them.
+LEARNERS = pytest.mark.parametrize("method", ["relaxed", pytest.param("reinforce", marks=pytest.mark.slow)])
+
+
+class Rows:
+    def __init__(self):
+        self.rows = []
+
+    def write(self, row):
+        self.rows.append(dict(row))
+
+
+@LEARNERS
+def test_rows_of_a_training_are_in_the_file_and_reach_the_trackers(run, method):
+    run.forget("controller")
+    shutil.rmtree(run.controller, ignore_errors=True)
+    rows = Rows()
+    tracker = QueuedSink(lambda: rows, name="rows")
+    run_controller(run, method, rollouts=16, trackers=(tracker,))
+    written = [json.loads(line) for line in (run.path / routing.CURVE_NAME).read_text().splitlines()]
+    assert [row["step"] for row in written] == ([1, 2] if method == "relaxed" else [1, 2, 3, 4])
+    assert [row["loss"] for row in rows.rows] == [row["loss"] for row in written]
+    with pytest.raises(ValueError, match="closed"):
+        tracker.write({})
+
+
+def one_process(rank, folder, method):
+    torch.set_num_threads(1)
+    environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    with joined("cpu", environment=environment, init_method=f"file://{folder.parent / method}") as world:
+        run_controller(RunDirectory.open(folder), method, rollouts=16, world=world)
+
+
+@LEARNERS
+def test_two_processes_share_the_images_and_leave_one_controller(run, tmp_path, method):
+    folder = Path(shutil.copytree(run.path, tmp_path / "copy"))
+    copy = RunDirectory.open(folder)
+    copy.forget("controller")
+    copy.save()
+    shutil.rmtree(copy.controller, ignore_errors=True)
+    multiprocessing.start_processes(one_process, (folder, method), nprocs=2, start_method="fork")
+    copy = RunDirectory.open(folder)
+    assert copy.section("controller")["rollouts"] == 16
+    rows = [json.loads(line) for line in (folder / routing.CURVE_NAME).read_text().splitlines()]
+    assert [row["step"] for row in rows] == ([1] if method == "relaxed" else [1, 2]), "half of what one would do"
+    assert int(load_routing(Workbench.open(copy)).mask(5).sum()) == 5
 
 
 def test_unknown_methods_and_amounts_are_refused(run):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,7 @@ from ttr_distill.captures import Captures, CaptureWriter
 from ttr_distill.checkpoint import CheckpointError
 from ttr_distill.distributed import Sharing, Team, World, own_layers
 from ttr_distill.files import write_atomically
-from ttr_distill.metrics import JsonlSink, MetricSink
+from ttr_distill.metrics import MetricSink, QueuedSink, open_sinks
 from ttr_distill.saved_students import load_students, save_students
 from ttr_distill.student.bank import StudentBank
 from ttr_distill.student.presets import StudentConfig
@@ -100,6 +101,7 @@ class DistillSession:
         about: JSON values that must be equal when the session is reopened, such as the image size.
         world: The processes that train together.
         sinks: Get the metric rows beside the file.
+        trackers: Get them too, and are closed when the run ends.
         device: Where the students are.
 
     Raises:
@@ -117,6 +119,7 @@ class DistillSession:
         about: Mapping[str, object] | None = None,
         world: World | None = None,
         sinks: Sequence[MetricSink] = (),
+        trackers: Sequence[QueuedSink] = (),
         device: torch.device | str = "cpu",
     ) -> None:
         if not prompts:
@@ -128,6 +131,7 @@ class DistillSession:
         self._prompts = tuple(prompts)
         self._fingerprint = fingerprint
         self._sinks = tuple(sinks)
+        self._trackers = tuple(trackers)
         self._about = {
             "fingerprint": fingerprint,
             "student": _json(config.student.to_dict()),
@@ -157,19 +161,16 @@ class DistillSession:
         tell = on_image or (lambda done, of: None)
         if self.world.main:
             write_atomically(self.folder / FACTS, json.dumps(self._about, indent=1).encode())
-        own = JsonlSink(self.folder / METRICS) if self.world.main else None
-        sinks = (own, *self._sinks) if own is not None else ()
-        try:
+        with ExitStack() as stack:
+            sinks: tuple[MetricSink, ...] = ()
+            if self.world.main:
+                own = stack.enter_context(open_sinks(self.folder / METRICS, *self._trackers))
+                sinks = (*own, *self._sinks)
             team = Team(self.world, self.distiller, self.config.sharing, sinks=sinks)
             if self.config.calibrate is None:
                 self._learn_while_sampling(team, tell)
-                kept = self._finish(None)
-            else:
-                kept = self._calibrate(team, self.config.calibrate, tell)
-        finally:
-            if own is not None:
-                own.close()
-        return kept
+                return self._finish(None)
+            return self._calibrate(team, self.config.calibrate, tell)
 
     def _learn_while_sampling(self, team: Team, tell: Callable[[int, int], None]) -> None:
         parts = self.world.size if self.config.sharing == "images" else 1

@@ -158,39 +158,6 @@ def test_settings_of_the_resuming_distiller_hold(distiller_of: DistillerMaker, s
     assert second.updates == first.updates > 0
 
 
-def test_another_seed_wins_over_the_state_and_what_was_learned_stays(
-    distiller_of: DistillerMaker, bank_of: BankMaker, sampling_run: Runner
-) -> None:
-    first = distiller_of("near_far")
-    sampling_run(first, 0, LAYERS)
-    state = first.state_dict()
-
-    def resumed(seed: int | None) -> Distiller:
-        other = Distiller(bank_of("near_far"), ReadinessTracker(), first.config, seed=seed)
-        other.bank.load_state_dict(weights(first))
-        other.load_state_dict(state)
-        return other
-
-    def streams(distiller: Distiller) -> dict[str, Tensor]:
-        return {name: value for name, value in distiller.state_dict().tensors.items() if "rng." in name}
-
-    for seed in (None, first.seed):
-        same = resumed(seed)
-        assert same.seed == first.seed
-        assert_equal(streams(same), streams(first))
-    other = resumed(first.seed + 8)
-    assert other.state_dict().facts["seed"] == first.seed + 8
-    assert (other.updates, other.runs) == (first.updates, 1)
-    old, new = state.tensors, other.state_dict().tensors
-    assert set(old) == set(new)
-    for name in old:
-        assert torch.equal(old[name], new[name]) == ("rng." not in name), name
-    again = resumed(first.seed + 8)
-    for distiller in (other, again):
-        sampling_run(distiller, 1, LAYERS)
-    assert_equal(weights(other), weights(again))
-
-
 def test_a_state_without_replay_loads_and_a_wrong_one_is_refused(
     distiller_of: DistillerMaker, sampling_run: Runner
 ) -> None:

@@ -2,8 +2,8 @@
 
 Three documented hooks of the host are used and nothing of it is patched or imported: the attention override in
 ``transformer_options``, and the wrappers around a sampling run and around a call of the network. ComfyUI 0.3.75 to
-0.33 are supported. In 0.3.64 the host does not name its layers: ``layer=None``, so whatever needs a layer refuses with
-that sentence, and the rest works.
+0.33 are supported. Where the host does not name the layers of a model (Flux in 0.3.75, all models in 0.3.64), calls
+have ``layer=None``: whatever needs a layer refuses with that sentence, and the rest works.
 """
 
 from __future__ import annotations

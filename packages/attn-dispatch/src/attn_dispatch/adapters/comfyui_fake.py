@@ -104,7 +104,7 @@ class FakeFlux(nn.Module):
 
     Args:
         seed: Seed of the weights.
-        named: Write block names into the options, as ComfyUI does since 0.3.75.
+        named: Write block names into the options, as newer versions of ComfyUI do.
     """
 
     patch_size = 2

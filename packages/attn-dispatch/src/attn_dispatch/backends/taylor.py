@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from attn_kernels import Impl, Partial, denominator_probe, taylor_attention, taylor_feature_count
+from attn_kernels.blocked_cost import taylor_blocked_work, with_denominator_probe
 from attn_kernels.cost import AttentionShape, taylor_work
 from attn_kernels.device_model import Work
 from torch import Tensor
@@ -113,9 +114,17 @@ class TaylorBackend:
             raise
 
     def work(self, call: AttentionCall) -> Work | None:
-        """Return what answering the call takes, for ``PaysOff``."""
-        shape = AttentionShape.of(call.q, call.k, call.v)
-        return taylor_work(shape, terms=self.config.P, blocks=self.config.sub_head_blocks)
+        """Return what answering the call takes, for ``PaysOff``: in the form that runs there, with its block sizes."""
+        config, shape, device = self.config, AttentionShape.of(call.q, call.k, call.v), call.q.device.type
+        if config.fused and device == "cuda":
+            return taylor_work(shape, terms=config.P, blocks=config.sub_head_blocks)
+        if self._refuse_widths(call) is not None:
+            return None
+        blocks = config.sub_head_blocks
+        width, columns = shape.width // blocks, shape.value_width // blocks
+        cut = replace(shape, heads=shape.heads * blocks, width=width, value_width=columns)
+        work = taylor_blocked_work(cut, terms=config.P, config=self._operator, device=device)
+        return with_denominator_probe(work, cut, queries=config.probe_samples) if config.early_probe else work
 
     def effective(self, call: AttentionCall) -> AttentionCall:
         """Return the call whose exact answer the series approximates: norms and score factor changed.

@@ -208,7 +208,7 @@ class _Work:
                 self.backend,
                 policy,
                 controller_config(self.parameters, self.settings.rollouts),
-                seed=self.settings.seed if saved is None else saved["manifest"]["seed"],
+                seed=self.settings.seed,
                 eligible=eligible,
                 objective=quality_objective(self.parameters),
             )

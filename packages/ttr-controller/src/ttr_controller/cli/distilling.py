@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,8 +14,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ttr_controller.cli.tracking import Comet, Trackio, open_trackers
+
 if TYPE_CHECKING:
     from ttr_distill.distributed import World
+    from ttr_distill.metrics import QueuedSink
     from ttr_distill.session import DistillSession, ImageSampler, SessionConfig
     from ttr_distill.student import StudentConfig
 
@@ -136,6 +139,8 @@ def distill(
     device: Device = "auto",
     budget: Budget = None,
     seed: Seed = 0,
+    comet: Comet = False,
+    trackio: Trackio = False,
 ) -> None:
     """Phase 1: distil a student for every attention layer while the model samples; resumable.
 
@@ -144,18 +149,22 @@ def distill(
     such as `--model` or `--prompts`, makes a session of its own: `students/`, `distill.jsonl` and, with `--calibrate`,
     `captures/`. `torchrun --no-python --nproc-per-node=N ttr distill ...` shares the work over N processes.
     """
+    from ttr_distill.comet_metrics import DistillMetricNames
+
     options = SessionOptions(
         model, prompts, images, steps, height, width, guidance, calibrate, train_steps, queries, learning_rate,
         replay_mb, save_every, sharing, offload, dtype, tuple(setting) if setting else None,
     )  # fmt: skip
+    facts = {"phase": "distill", "student": student, "seed": seed, **asdict(options)}
+    trackers = open_trackers(DistillMetricNames, out, facts, comet=comet, trackio=trackio)
     if options.any:
         from ttr_controller.pipeline.settings import RunError
 
         if budget is not None:
             raise RunError("--budget is for the quickstart's own run; say --images for a session")
-        checkpoint = _session(options, out, student, device, seed)
+        checkpoint = _session(options, out, student, device, seed, trackers)
     else:
-        checkpoint = _first_phase(out, student, device, 3.5 if budget is None else budget, seed)
+        checkpoint = _first_phase(out, student, device, 3.5 if budget is None else budget, seed, trackers)
     if checkpoint is not None:
         show_students(checkpoint)
 
@@ -196,7 +205,9 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def _first_phase(out: Path, student: str, device: str, budget: float, seed: int) -> Path:
+def _first_phase(
+    out: Path, student: str, device: str, budget: float, seed: int, trackers: Sequence[QueuedSink]
+) -> Path:
     from ttr_controller.cli.progress import phase_progress
     from ttr_controller.pipeline.quickstart import run_phases
     from ttr_controller.pipeline.run_directory import RunDirectory
@@ -205,18 +216,20 @@ def _first_phase(out: Path, student: str, device: str, budget: float, seed: int)
     settings = QuickstartSettings(preset=student, device=resolve_device(device), budget_minutes=budget, seed=seed)
     run = RunDirectory.open_or_create(out, settings)
     with phase_progress(Console(stderr=True)) as progress:
-        run_phases(run, ("distillation", "fidelity"), progress)
+        run_phases(run, ("distillation", "fidelity"), progress, trackers=trackers)
     return run.students
 
 
-def _session(options: SessionOptions, out: Path, student: str, device: str, seed: int) -> Path | None:
+def _session(
+    options: SessionOptions, out: Path, student: str, device: str, seed: int, trackers: Sequence[QueuedSink]
+) -> Path | None:
     from ttr_distill.distributed import joined
 
     from ttr_controller.cli.progress import phase_progress
     from ttr_controller.pipeline.settings import resolve_device
 
     with joined(resolve_device(device)) as world:
-        session = open_session(options, out, student, world, seed)
+        session = open_session(options, out, student, world, seed, trackers)
         if not world.main:
             session.run()
             return None
@@ -234,7 +247,14 @@ def _session(options: SessionOptions, out: Path, student: str, device: str, seed
         return session.students
 
 
-def open_session(options: SessionOptions, out: Path, student: str, world: World, seed: int) -> DistillSession:
+def open_session(
+    options: SessionOptions,
+    out: Path,
+    student: str,
+    world: World,
+    seed: int,
+    trackers: Sequence[QueuedSink] = (),
+) -> DistillSession:
     """Load the model and make or reopen the session that the options describe.
 
     Raises:
@@ -257,7 +277,15 @@ def open_session(options: SessionOptions, out: Path, student: str, world: World,
         sampling = ("steps", "height", "width", "guidance", "dtype")
         about = {"model": options.model or "embedded", **{name: getattr(options, name) for name in sampling}}
         return DistillSession(
-            out, sampler, prompts or own, config, fingerprint=fingerprint, about=about, world=world, device=world.device
+            out,
+            sampler,
+            prompts or own,
+            config,
+            fingerprint=fingerprint,
+            about=about,
+            world=world,
+            trackers=trackers,
+            device=world.device,
         )
     except ImportError as error:
         raise RunError(str(error)) from error

@@ -1,13 +1,16 @@
-"""Commands that run phases: quickstart, distill, train-controller and report."""
+"""Commands that run phases: quickstart, train-controller and report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+from ttr_controller.cli.tracking import Comet, Trackio, open_trackers
 
 if TYPE_CHECKING:
     from ttr_controller.pipeline.run_directory import RunDirectory
@@ -48,21 +51,6 @@ def quickstart(
     _write_report(run.path, None)
 
 
-def distill(
-    out: Out = DEFAULT_OUT,
-    preset: PresetName = "near_far",
-    device: Device = "auto",
-    budget: Budget = 3.5,
-    seed: Seed = 0,
-) -> None:
-    """Phase 1 alone: distil a student for every attention layer and measure it on held-out prompts.
-
-    `quickstart`, `train-controller` and `sample` go on from the same folder.
-    """
-    run = _open(out, preset, device, budget, seed)
-    _run_phases(run, ("distillation", "fidelity"))
-
-
 def train_controller(
     run_folder: RunFolder = DEFAULT_OUT,
     method: Annotated[
@@ -70,25 +58,40 @@ def train_controller(
         typer.Option(
             "--method",
             help="**relaxed**: flips, refined by gradients through the sampler. **flips**: the final error that each "
-            "student slot leaves. **probe**: the error within its own step. **budget**: by distillation error, no "
-            "rollout. **reinforce**: the probe, refined by policy gradient. **auto**: as quickstart.",
+            "student slot leaves. **probe**: the error within its own step. **budget**: distillation error against "
+            "milliseconds by a knapsack, no rollout. **reinforce**: the probe, refined by policy gradient. **auto**: "
+            "as quickstart.",
         ),
     ] = "relaxed",
     rollouts: Annotated[
         int | None,
         typer.Option("--rollouts", min=0, help="Images to refine with (relaxed, reinforce); a gradient counts four."),
     ] = None,
+    comet: Comet = False,
+    trackio: Trackio = False,
 ) -> None:
     """Phase 2 alone: learn which layers and steps of a distilled run need full attention.
 
-    A run whose controller was learnt by another method learns anew; interrupted, it goes on where it stopped.
+    A run whose controller was learnt by another method learns anew; interrupted, it goes on where it stopped. Metrics
+    are in `controller.jsonl`. `torchrun --no-python --nproc-per-node=N ttr train-controller ...` shares the images of
+    relaxed and reinforce over N processes.
     """
+    from ttr_distill.comet_metrics import ControllerMetricNames
+    from ttr_distill.distributed import joined
+
     from ttr_controller.cli.progress import phase_progress
     from ttr_controller.pipeline.quickstart import run_controller
     from ttr_controller.pipeline.run_directory import RunDirectory
 
-    with phase_progress(Console(stderr=True)) as progress:
-        run_controller(RunDirectory.open(run_folder), method, rollouts, progress)
+    run = RunDirectory.open(run_folder)
+    facts = {"phase": "controller", "method": method, "rollouts": rollouts, **asdict(run.settings)}
+    trackers = open_trackers(ControllerMetricNames, run_folder, facts, comet=comet, trackio=trackio)
+    with joined(run.settings.device) as world:
+        if not world.main:
+            run_controller(run, method, rollouts, world=world)
+            return
+        with phase_progress(Console(stderr=True)) as progress:
+            run_controller(run, method, rollouts, progress, world=world, trackers=trackers)
 
 
 def report(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 
-from ttr_distill.metrics import JsonlSink
+from ttr_distill.metrics import MetricSink, open_sinks
 from ttr_distill.saved_students import load_students, save_students
 from ttr_distill.student import ReadinessTracker
 from ttr_distill.training import DistillConfig, Distiller
@@ -25,16 +26,13 @@ def distill(bench: Workbench, tick: Tick) -> None:
     """
     start = time.perf_counter()
     prompts, seeds = bench.train_set(bench.plan().distill_images)
-    sink = JsonlSink(bench.run.path / CURVE_NAME)
-    try:
-        students, distiller = _start(bench, sink)
+    with open_sinks(bench.run.path / CURVE_NAME, *bench.trackers) as sinks:
+        students, distiller = _start(bench, sinks)
         for prompt, seed in list(zip(prompts, seeds, strict=True))[distiller.runs :]:
             bench.sampler.sample([prompt], [seed], distiller)
             distiller.raise_pending()
             _save(bench, students, distiller)
             tick(2.0)
-    finally:
-        sink.close()
     kept = distiller.finish()
     _save(bench, students, distiller, include_replay=False)
     section = {
@@ -56,14 +54,14 @@ def load_trained(bench: Workbench) -> Students:
     return Students(loaded.bank, loaded.readiness)
 
 
-def _start(bench: Workbench, sink: JsonlSink) -> tuple[Students, Distiller]:
+def _start(bench: Workbench, sinks: Sequence[MetricSink]) -> tuple[Students, Distiller]:
     """Go on with the run's training, or begin it."""
     seed = bench.run.settings.seed
     # Every layer learns in every step: a run has few images, and readiness asks for enough measurements of each layer.
     config = DistillConfig(min_swap_layers=len(bench.sampler.layers), replay_bytes=REPLAY_BYTES)
     if not bench.run.students.exists():
         students = Students(bench.new_bank(), ReadinessTracker())
-        return students, Distiller(students.bank, students.readiness, config, seed=seed, sinks=(sink,))
+        return students, Distiller(students.bank, students.readiness, config, seed=seed, sinks=sinks)
     loaded = load_students(
         bench.run.students,
         fingerprint=bench.teacher.fingerprint,
@@ -71,7 +69,7 @@ def _start(bench: Workbench, sink: JsonlSink) -> tuple[Students, Distiller]:
         training=True,
     )
     students = Students(loaded.bank, loaded.readiness)
-    distiller = Distiller(students.bank, students.readiness, config, seed=seed, sinks=(sink,))
+    distiller = Distiller(students.bank, students.readiness, config, seed=seed, sinks=sinks)
     if loaded.training is not None:
         distiller.load_state_dict(loaded.training)
     return students, distiller

@@ -9,6 +9,9 @@ from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
+from ttr_distill.distributed import World
+from ttr_distill.metrics import QueuedSink
+
 from ttr_controller.pipeline import comparing, distilling, layer_fidelity, routing, timing, verdicts
 from ttr_controller.pipeline.run_directory import RunDirectory
 from ttr_controller.pipeline.settings import Plan
@@ -95,7 +98,13 @@ FOLLOWING = ("pareto", "sheet", "checks", "complete")
 
 
 def run_controller(
-    run: RunDirectory, method: str, rollouts: int | None = None, progress: PhaseProgress | None = None
+    run: RunDirectory,
+    method: str,
+    rollouts: int | None = None,
+    progress: PhaseProgress | None = None,
+    *,
+    world: World | None = None,
+    trackers: Sequence[QueuedSink] = (),
 ) -> None:
     """Learn to route by a method; a run whose controller was learnt by another method learns anew.
 
@@ -104,6 +113,8 @@ def run_controller(
         method: ``"auto"`` or one of ``ttr_controller.methods.METHODS``.
         rollouts: Images that refining may sample; ``None``: the method's default.
         progress: Shows progress.
+        world: The processes that learn together; only the main one writes. ``None``: this one alone.
+        trackers: Get the metric rows beside the file.
 
     Raises:
         RunError: The method is unknown, or students are missing.
@@ -113,7 +124,8 @@ def run_controller(
     run.section("distillation")
     if run.has("controller") and run.section("controller").get("learner", routing.AUTO) != method:
         run.forget("controller", *FOLLOWING)
-    run_phases(run, ("controller",), progress, learning)
+    run.writes = world is None or world.main
+    run_phases(run, ("controller",), progress, learning, world=world, trackers=trackers)
 
 
 def run_phases(
@@ -121,6 +133,9 @@ def run_phases(
     names: Sequence[str],
     progress: PhaseProgress | None = None,
     learning: routing.Learning | None = None,
+    *,
+    world: World | None = None,
+    trackers: Sequence[QueuedSink] = (),
 ) -> None:
     """Run the named phases that the run has not done yet, in order; then judge the run if all are done.
 
@@ -129,6 +144,8 @@ def run_phases(
         names: Names of ``PHASES``.
         progress: Shows progress.
         learning: How the phase ``controller`` learns; ``None``: ``"auto"``.
+        world: The processes that work together; only the phase ``controller`` shares its work.
+        trackers: Get the metric rows of the training among the phases.
 
     Raises:
         RunError: The folder cannot be written, or an earlier phase is missing.
@@ -139,6 +156,7 @@ def run_phases(
     if missing:
         start = time.perf_counter()
         bench = Workbench.open(run)
+        bench.world, bench.trackers = world or World(), tuple(trackers)
         plan = bench.plan()
         run.add_seconds("preparation", time.perf_counter() - start)
         for name in missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,7 +13,7 @@ import torch
 from attn_dispatch import StepContext
 from torch import Tensor
 from ttr_distill.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from ttr_distill.metrics import JsonlSink
+from ttr_distill.metrics import open_sinks
 from ttr_distill.student import StudentBackend
 
 from ttr_controller.guard import masks_from_policy
@@ -103,44 +104,56 @@ def learn_routing(bench: Workbench, students: Students, tick: Tick, learning: Le
     start = time.perf_counter()
     how = learning or Learning()
     plan = bench.plan()
-    trainer, start_at = _start(bench, students, how, tick)
-    prompts, seeds = bench.train_set(8)
+    trainer, start_at, gates = _start(bench, students, how, tick)
     amount = how.amount(plan)
-    if how.method == "relaxed":
-        _refine_by_gates(bench, students, trainer, start_at, amount, tick)
-    sink = JsonlSink(bench.run.path / CURVE_NAME)
-    try:
-        trainer.sinks = (sink,)
-        updates = 0 if how.method == "relaxed" else amount // trainer.config.rollouts
-        for _ in trainer.fit(prompts, seeds, updates, should_stop=_ticking(tick)):
-            _save(bench, trainer, start_at, how)
-    finally:
-        sink.close()
+    with ExitStack() as stack:
+        if bench.world.main:
+            trainer.sinks = stack.enter_context(open_sinks(bench.run.path / CURVE_NAME, *bench.trackers))
+        if how.method == "relaxed":
+            _refine_by_gates(bench, students, trainer, start_at, gates, amount, tick)
+        else:
+            size = bench.world.size
+            updates = amount // (trainer.config.rollouts * size)
+            for _ in trainer.fit(*bench.train_set(max(8, size)), updates, should_stop=_ticking(tick)):
+                _save(bench, trainer, start_at, how)
     trainer.validate()
     _save(bench, trainer, start_at, how)
-    made = trainer.updates * trainer.config.rollouts + (amount if how.method == "relaxed" else 0)
-    _record(bench, trainer, start_at, how, made, student_cost(bench, students), time.perf_counter() - start)
+    made = amount if how.method == "relaxed" else trainer.rollouts
+    if bench.world.main:
+        _record(bench, trainer, start_at, how, made, student_cost(bench, students), time.perf_counter() - start)
 
 
 def _refine_by_gates(
-    bench: Workbench, students: Students, trainer: ControllerTrainer, start_at: Start, amount: int, tick: Tick
+    bench: Workbench,
+    students: Students,
+    trainer: ControllerTrainer,
+    start_at: Start,
+    saved: dict[str, Tensor],
+    amount: int,
+    tick: Tick,
 ) -> None:
     """Refine the policy's ranking by relaxed gates; the better of both on the validation images stays."""
     with torch.no_grad():
         ranking = trainer.policy.logits(trainer.contexts)
     shares = full_shares(student_cost(bench, students), bench.plan().levels)
-    batch = 2
-    config = RelaxedConfig(iterations=max(1, amount // (4 * batch)), shares=shares, batch=batch)
-    gates = RelaxedTrainer(bench.sampler, StudentBackend(students.bank), ranking, config, seed=bench.run.settings.seed)
+    batch, size = 2, bench.world.size
+    gates = RelaxedTrainer(
+        bench.sampler,
+        StudentBackend(students.bank),
+        ranking,
+        RelaxedConfig(iterations=max(1, amount // (4 * batch * size)), shares=shares, batch=batch),
+        seed=bench.run.settings.seed,
+        sinks=trainer.sinks,
+        world=bench.world,
+    )
     how = Learning("relaxed", amount)
-    loaded = _load_state(bench, how)
-    saved = {} if loaded is None else loaded[2]
     if saved:
         gates.load_state_dict(saved)
-    prompts, seeds = bench.train_set(16)
-    for _ in gates.fit(prompts[-12:], seeds[-12:]):
+    pool = max(12, batch * size)
+    prompts, seeds = bench.train_set(4 + pool)
+    for _ in gates.fit(prompts[-pool:], seeds[-pool:]):
         _save(bench, trainer, start_at, how, gates.state_dict())
-        tick(4.0 * batch)
+        tick(4.0 * batch * size)
     trainer.initialise_from_probe(gates.scores)
 
 
@@ -159,8 +172,10 @@ def load_routing(bench: Workbench) -> Routing:
     return Routing(policy, unpack_contexts(state["manifest"]["contexts"]), start_at.scores)
 
 
-def _start(bench: Workbench, students: Students, how: Learning, tick: Tick) -> tuple[ControllerTrainer, Start]:
-    """Go on with the run's training, or begin it with a ranking."""
+def _start(
+    bench: Workbench, students: Students, how: Learning, tick: Tick
+) -> tuple[ControllerTrainer, Start, dict[str, Tensor]]:
+    """Go on with the run's training, or begin it with a ranking; the third is the state of relaxed gates, if any."""
     cost = student_cost(bench, students)
     backend = StudentBackend(students.bank)
     trainer = ControllerTrainer(
@@ -170,15 +185,18 @@ def _start(bench: Workbench, students: Students, how: Learning, tick: Tick) -> t
         ControllerConfig(target_full=full_shares(cost, 1)[0]),
         seed=bench.run.settings.seed,
         student_cost=torch.full((len(bench.sampler.layers),), cost),
+        world=bench.world,
     )
     loaded = _load_state(bench, how)
+    bench.world.wait()  # all have read the state before the main process writes the next
     if loaded is not None:
         trainer.load_state_dict(loaded[0])
-        return trainer, loaded[1]
-    (bench.run.path / CURVE_NAME).unlink(missing_ok=True)
+        return trainer, loaded[1], loaded[2]
+    if bench.world.main:
+        (bench.run.path / CURVE_NAME).unlink(missing_ok=True)
     start_at = start_training(bench, trainer, backend, cost, how.method, tick)
     _save(bench, trainer, start_at, how)
-    return trainer, start_at
+    return trainer, start_at, {}
 
 
 def _new_policy(bench: Workbench) -> RoutingPolicy:
@@ -204,6 +222,8 @@ def _save(
     how: Learning,
     gates: Mapping[str, Tensor] | None = None,
 ) -> None:
+    if not bench.world.main:
+        return
     state = trainer.state_dict()
     tensors = {**state["tensors"], SCORES: start_at.scores, **(gates or {})}
     manifest = {
@@ -248,7 +268,7 @@ def _record(
         rows[int(row["step"])] = row  # an update that was done twice, around an interruption, counts once
     curve = [
         {
-            "rollouts": step * trainer.config.rollouts,
+            "rollouts": step * trainer.config.rollouts * bench.world.size,
             "reward": row["reward"],
             "quality": row["loss"],
             "cost": cost + (1.0 - cost) * row["actual_full_attn_ratio"],

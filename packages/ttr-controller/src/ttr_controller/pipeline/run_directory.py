@@ -30,12 +30,14 @@ class RunDirectory:
         path: The folder.
         results: What the report reads; ``save`` writes it atomically.
         settings: The run's settings.
+        writes: Whether ``save`` writes; of several processes that work on one run only the main one does.
     """
 
     def __init__(self, path: Path, results: Json, settings: QuickstartSettings) -> None:
         self.path = path
         self.results = results
         self.settings = settings
+        self.writes = True
 
     @classmethod
     def open_or_create(cls, path: Path, settings: QuickstartSettings) -> RunDirectory:
@@ -173,6 +175,8 @@ class RunDirectory:
         Raises:
             RunError: The folder cannot be written.
         """
+        if not self.writes:
+            return
         text = json.dumps(self.results, indent=1, allow_nan=False)
         try:
             write_atomically(self.path / RESULTS_NAME, text.encode())

@@ -13,8 +13,9 @@ from torch import Tensor
 from ttr_distill.student import StudentBackend
 
 from ttr_controller.budget import slot_count
+from ttr_controller.costs import AttentionCosts, measure_costs
 from ttr_controller.guard import masks_from_policy
-from ttr_controller.methods import Images, Ranking, rank_by_flips, rank_by_layer_error, rank_by_probe
+from ttr_controller.methods import Images, Ranking, rank_by_budget, rank_by_flips, rank_by_probe
 from ttr_controller.pipeline.settings import Plan
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 from ttr_controller.probe import flip_evaluations
@@ -83,7 +84,7 @@ def start_training(
     # Judged on other images than those that were probed.
     pool_prompts, pool_seeds = bench.train_set(len(prompts) + judged)
     trainer.prepare(pool_prompts[-judged:], pool_seeds[-judged:])
-    rankings, one_step = _rankings(bench, (prompts, seeds), backend, method, tick)
+    rankings, one_step = _rankings(bench, (prompts, seeds), backend, trainer.costs, method, tick)
     errors = {name: _judge(bench, trainer, scores, cost, tick) for name, scores in rankings.items()}
     chosen = min(errors, key=lambda name: errors[name])
     trainer.best = BestPolicy()
@@ -92,7 +93,7 @@ def start_training(
 
 
 def _rankings(
-    bench: Workbench, images: Images, backend: StudentBackend, method: str, tick: Tick
+    bench: Workbench, images: Images, backend: StudentBackend, modelled: AttentionCosts, method: str, tick: Tick
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Scores by ranking, and the one-step probe's ``[steps, L]``."""
     steps, layers = bench.sampler.steps, len(bench.sampler.layers)
@@ -106,7 +107,9 @@ def _rankings(
     path = bench.sampler.trajectory(*images)
     probe = rank_by_probe(bench.sampler, images, backend, path=path, on_evaluation=advance)
     if method == "budget":
-        return {"distillation error": rank_by_layer_error(bench.sampler, images, backend)[1].scores}, probe.scores
+        unit, costs = cost_table(bench, images, backend, modelled)
+        scores = rank_by_budget(bench.sampler, images, backend, costs).scores
+        return {f"knapsack of distillation error and {unit}": scores}, probe.scores
     if not flips_wanted:
         return {"one-step probe": probe.scores}, probe.scores
     flips: Ranking = rank_by_flips(
@@ -122,6 +125,24 @@ def _rankings(
         "flips and first steps": _ranks(flips.scores) + _ranks(first),
     }
     return rankings, probe.scores
+
+
+def cost_table(
+    bench: Workbench, images: Images, backend: StudentBackend, modelled: AttentionCosts
+) -> tuple[str, AttentionCosts]:
+    """Cost of full attention and student in each layer, the same in all processes.
+
+    Measured, or as modelled where the students are slower here than full attention: at sizes too small for them a
+    plan by the clock would use none.
+
+    Returns:
+        The unit, ``"milliseconds"`` or ``"operations"``, and the costs.
+    """
+    prompts, seeds = images
+    measured = measure_costs(bench.sampler, (backend,), prompts[:1], seeds[:1])
+    measured = AttentionCosts(measured.names, bench.world.gather(measured.table)[0])
+    full, student = measured.table.sum(dim=0).tolist()
+    return ("milliseconds", measured) if student < full else ("operations", modelled)
 
 
 def _every(method: str) -> int:

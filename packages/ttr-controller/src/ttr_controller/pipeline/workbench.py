@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from attn_dispatch import AttentionHandler, AttentionRouter, DispatchReport, Guard, Route
+from ttr_distill.distributed import World
+from ttr_distill.metrics import QueuedSink
 from ttr_distill.student import ReadinessTracker, StudentBackend, StudentBank, StudentConfig, preset
 from ttr_distill.tiny import TinyTeacher, heldout_prompts, load_teacher, training_prompts
 
@@ -34,12 +36,16 @@ class Workbench:
         teacher: The embedded teacher.
         sampler: Samples the teacher at the run's size, steps and guidance.
         config: The student's configuration.
+        world: The processes that work on the run together.
+        trackers: Get the metric rows of a training beside its file, and are closed when it ends.
     """
 
     run: RunDirectory
     teacher: TinyTeacher
     sampler: DifferentiableTinySampler
     config: StudentConfig
+    world: World = field(default_factory=World)
+    trackers: tuple[QueuedSink, ...] = ()
 
     @classmethod
     def open(cls, run: RunDirectory) -> Workbench:
