@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1]
 SOURCE = PACKAGE / "src/comfy_nodes"
 REPOSITORY = PACKAGE.parents[1]
-NUMBERS = "STRING,*"
+NUMBERS = "STRING,FLOAT,INT,*"
 WIDGETS = ("BOOLEAN", "COMBO", "FLOAT", "INT", "STRING")
 # id: (display name, inputs as (name, type, default, min, max, optional), outputs as (label, type))
 VALUES = {

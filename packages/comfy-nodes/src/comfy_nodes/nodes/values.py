@@ -182,7 +182,8 @@ class Combinations(io.ComfyNode):  # type: ignore[misc]
 def _numbers(name: str, placeholder: str | None, tooltip: str, *, optional: bool = False) -> io.Input:
     """A text field for numbers that takes a link of any type as well."""
     text = io.String.Input(name, multiline=True, placeholder=placeholder, tooltip=tooltip, optional=optional)
-    return io.MultiType.Input(text, [io.AnyType])
+    # An older host takes the last for a type of its own, not for every type.
+    return io.MultiType.Input(text, [io.Float, io.Int, io.AnyType])
 
 
 def _unwrap(value: list[object] | None) -> object:
