@@ -9,15 +9,8 @@ Run: ``python packages/attn-dispatch/benchmarks/bench_override.py [--json FILE]`
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +19,7 @@ from attn_dispatch.adapters.comfyui import install
 from attn_dispatch.adapters.comfyui_fake import FakeFlux, FakeModelPatcher, overridable
 from attn_dispatch.adapters.comfyui_override import FACTS, INSTALLED, OVERRIDE, ModelFacts
 from attn_kernels import TokenGrid
+from paired import compare, run
 from torch import Tensor
 
 TARGET_US = 15.0
@@ -61,15 +55,7 @@ def host_call(options: dict[str, Any], flat: bool, output: Tensor) -> Callable[[
     return lambda: attention(q, k, v, HEADS, skip_reshape=True, mask=None, transformer_options=options)
 
 
-def microseconds(call: Callable[[], Tensor], calls: int) -> float:
-    """Process time of one call."""
-    start = time.process_time_ns()
-    for _ in range(calls):
-        call()
-    return (time.process_time_ns() - start) / calls / 1e3
-
-
-def measure(flat: bool, rounds: int, calls: int) -> dict[str, float]:
+def overhead(flat: bool, rounds: int, calls: int) -> dict[str, float]:
     """Compare both arms; medians over paired rounds."""
     tokens = WORDS + ROWS * ROWS
     output = torch.zeros(1, tokens, HEADS * WIDTH)
@@ -80,44 +66,17 @@ def measure(flat: bool, rounds: int, calls: int) -> dict[str, float]:
     layout = TokenLayout(tokens, ((0, WORDS),), (TokenGrid(WORDS, ROWS, ROWS),))
     options = {**options, **names, FACTS: {INSTALLED: ModelFacts(StepContext(0.5, 3.5, (4, 4), (0,)), layout)}}
     arms = host_call(plain, flat, output), host_call(options, flat, output)
-    if not torch.equal(arms[0](), arms[1]()):
-        raise SystemExit("the arms differ")
-    pairs = []
-    for _ in range(rounds):
-        pairs.append((microseconds(arms[0], calls), microseconds(arms[1], calls)))
+    row = compare(("host", arms[0]), ("installed", arms[1]), rounds, calls)
     if router.report.counts() != {"native": rounds * calls + 1}:
         raise SystemExit("the router was not asked for every call")
-    return {
-        "host_us": statistics.median(one for one, _ in pairs),
-        "installed_us": statistics.median(two for _, two in pairs),
-        "overhead_us": statistics.median(two - one for one, two in pairs),
-    }
+    return row
 
 
-def main() -> int:
-    """Print the table and write it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument("--calls", type=int, default=100)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        rows = {
-            name: measure(flat, arguments.rounds, arguments.calls)
-            for name, flat in (("Flux: [B, H, N, D]", False), ("Wan: [B, N, H * D]", True))
-        }
-    write = sys.stdout.write
-    write(f"{'layout':<22}{'host us':>10}{'installed us':>14}{'overhead us':>13}{'target':>8}\n")
-    for name, row in rows.items():
-        write(f"{name:<22}{row['host_us']:>10.2f}{row['installed_us']:>14.2f}{row['overhead_us']:>13.2f}")
-        write(f"{TARGET_US:>8.0f}\n")
-    if arguments.json is not None:
-        machine = {"platform": platform.platform(), "processor": platform.processor(), "cpus": os.cpu_count()}
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        arguments.json.write_text(json.dumps({"rows": rows, "target_us": TARGET_US, **machine, **versions}, indent=1))
-    return int(any(row["overhead_us"] > TARGET_US for row in rows.values()))
+def measure(rounds: int, calls: int) -> dict[str, dict[str, float]]:
+    """Compare both layouts."""
+    layouts = (("Flux: [B, H, N, D]", False), ("Wan: [B, N, H * D]", True))
+    return {name: overhead(flat, rounds, calls) for name, flat in layouts}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__.splitlines()[0], TARGET_US, measure))
