@@ -3,6 +3,8 @@
 import gc
 import tracemalloc
 from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,46 +24,61 @@ from ttr_distill.tiny import TinySampler, load_teacher, training_prompts
 
 from .conftest import LONG
 
-RUNS = 200 if LONG else 70
-WARM = 60 if LONG else 30
+WARM = 50 if LONG else 30
 """Runs after which caches are full and every code path was taken."""
+
+WINDOWS = 3
+WINDOW = 50 if LONG else 30
+RUNS = WARM + WINDOWS * WINDOW
+
+CONSTANT = 3000
+"""Bytes that a window may take however many runs it has: the interpreter's free lists, and the counts themselves."""
 
 READERS = {**LAYOUTS, "FakeFlux": LAYOUTS["Flux"]}
 
 
-def growth(run: Callable[[int], None]) -> tuple[int, int, int]:
-    """Bytes of Python, objects and bytes of tensors that the runs after the warm ones left behind."""
+class Held(NamedTuple):
+    """What is alive: bytes of Python, objects that the collector knows, bytes of tensors."""
 
-    def state() -> tuple[int, int, int]:
-        gc.collect()
-        objects = gc.get_objects()
-        tensors = {
-            one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
-            for one in objects
-            if type(one) is torch.Tensor
-        }
-        return tracemalloc.get_traced_memory()[0], len(objects), sum(tensors.values())
+    python_bytes: int
+    objects: int
+    tensor_bytes: int
 
+
+def held() -> Held:
+    gc.collect()
+    objects = gc.get_objects()
+    tensors = {
+        one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in objects if type(one) is torch.Tensor
+    }
+    return Held(tracemalloc.get_traced_memory()[0], len(objects), sum(tensors.values()))
+
+
+def growth(run: Callable[[int], None]) -> Held:
+    """What every window of runs after the warm ones left behind, at least.
+
+    What is kept run after run shows in each window; a few kilobytes that the interpreter takes once show in one.
+    """
     tracemalloc.start()
     try:
         for index in range(WARM):
             run(index)
-        before = state()
-        for index in range(WARM, RUNS):
-            run(index)
-        after = state()
+        states = [held()]
+        for window in range(WINDOWS):
+            for index in range(WINDOW):
+                run(WARM + window * WINDOW + index)
+            states.append(held())
     finally:
         tracemalloc.stop()
-    return after[0] - before[0], after[1] - before[1], after[2] - before[2]
+    grown = [[late - early for early, late in zip(*pair, strict=True)] for pair in pairwise(states)]
+    return Held(*(min(column) for column in zip(*grown, strict=True)))
 
 
-def assert_steady(found: tuple[int, int, int], *, bytes_a_run: int = 30) -> None:
-    """One list entry for each attention call would show; the interpreter's own few kilobytes do not."""
-    python_bytes, objects, tensor_bytes = found
-    runs = RUNS - WARM
-    assert python_bytes < 4000 + bytes_a_run * runs, f"{python_bytes / runs:.0f} bytes a run"
-    assert objects < 20 + 2 * runs, f"{objects / runs:.1f} objects a run"
-    assert tensor_bytes < 8 * runs, f"{tensor_bytes / runs:.0f} bytes of tensors a run"
+def assert_steady(found: Held, *, bytes_a_run: int = 30) -> None:
+    """One list entry for each attention call would show."""
+    assert found.python_bytes < CONSTANT + bytes_a_run * WINDOW, f"{found.python_bytes / WINDOW:.0f} bytes a run"
+    assert found.objects < WINDOW, f"{found.objects / WINDOW:.1f} objects a run"
+    assert found.tensor_bytes < 8 * WINDOW, f"{found.tensor_bytes / WINDOW:.0f} bytes of tensors a run"
 
 
 def router() -> AttentionRouter:
