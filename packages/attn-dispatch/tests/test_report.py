@@ -160,7 +160,7 @@ def cuda_call(monkeypatch: pytest.MonkeyPatch) -> AttentionCall:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     monkeypatch.setattr(FakeEvent, "made", 0)
     monkeypatch.setattr(FakeEvent, "waits", 0)
-    q: Any = SimpleNamespace(device=torch.device("cuda"))
+    q: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
     return AttentionCall(q, q, q)
 
 

@@ -104,7 +104,7 @@ class DispatchReport:
 
     def start(self, call: AttentionCall) -> Mark:
         """Note that a call begins."""
-        if call.q.device.type != "cuda":
+        if not call.q.is_cuda:
             return Mark(time.perf_counter(), None)
         return Mark(time.perf_counter(), _event(call))
 
