@@ -112,13 +112,16 @@ def workspace(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=False)
 def wheels(session: nox.Session) -> None:
-    """Build all wheels, check what they hold, install them elsewhere and use each once."""
+    """Build all wheels, check what they hold and say, install them elsewhere and use each once."""
     session.env.update(ENVIRONMENT)
     temporary = Path(session.create_tmp())
     built, constraints = temporary / "dist", temporary / "constraints.txt"
     shutil.rmtree(built, ignore_errors=True)
     session.run_install("uv", "build", "--quiet", "--all-packages", "--out-dir", str(built))
     session.run("python", "-I", "scripts/check_wheels.py", str(built))
+    # Metadata as a package index reads it; twine stays out of the environment that the wheels go to.
+    twine = ("uv", "run", "--quiet", "--locked", "--isolated", "--only-group", "release", "twine", "check", "--strict")
+    session.run_install(*twine, *(str(path) for path in sorted(built.glob("*-*"))))
     export = ("uv", "export", "--quiet", "--locked", "--all-packages", "--all-extras", "--no-default-groups")
     export += ("--no-emit-workspace", "--no-hashes")
     session.run_install(*export, "--output-file", str(constraints), silent=True)
