@@ -103,6 +103,26 @@ def bind_sage3(module: object, name: str = "sageattn3_blackwell") -> Kernels:
     return Kernels(dense)
 
 
+def _flash_dense(attend: Callable[..., object]) -> DenseKernel:
+    """Wrap ``flash_attn_func`` as FlashAttention has it since version 3: tokens first, no dropout."""
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None) -> Tensor:
+        return _first(attend(*_tokens_first(q, k, v), softmax_scale=scale, causal=False)).transpose(1, 2)
+
+    return dense
+
+
+def _flash_varlen(packed: Callable[..., object]) -> VarlenKernel:
+    """Wrap ``flash_attn_varlen_func`` as FlashAttention has it up to version 3."""
+
+    def varlen(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_kv: Tensor, max_q: int, max_kv: int, scale: float | None
+    ) -> Tensor:
+        return _first(packed(_rows(q), _rows(k), _rows(v), cu_q, cu_kv, max_q, max_kv, softmax_scale=scale))
+
+    return varlen
+
+
 def bind_flash2(module: object) -> Kernels:
     """Bind ``flash_attn`` 2 (Dao, arXiv:2307.08691)."""
     attend, packed = getattr(module, "flash_attn_func"), getattr(module, "flash_attn_varlen_func")  # noqa: B009
@@ -111,27 +131,13 @@ def bind_flash2(module: object) -> Kernels:
         output = attend(*_tokens_first(q, k, v), dropout_p=dropout_p, softmax_scale=scale, causal=False)
         return _first(output).transpose(1, 2)
 
-    def varlen(
-        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_kv: Tensor, max_q: int, max_kv: int, scale: float | None
-    ) -> Tensor:
-        return _first(packed(_rows(q), _rows(k), _rows(v), cu_q, cu_kv, max_q, max_kv, softmax_scale=scale))
-
-    return Kernels(dense, varlen)
+    return Kernels(dense, _flash_varlen(packed))
 
 
 def bind_flash3(module: object) -> Kernels:
     """Bind ``flash_attn_interface`` (FlashAttention-3: Shah et al., arXiv:2407.08608) in 16 bits."""
     attend, packed = getattr(module, "flash_attn_func"), getattr(module, "flash_attn_varlen_func")  # noqa: B009
-
-    def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None) -> Tensor:
-        return _first(attend(*_tokens_first(q, k, v), softmax_scale=scale, causal=False)).transpose(1, 2)
-
-    def varlen(
-        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_kv: Tensor, max_q: int, max_kv: int, scale: float | None
-    ) -> Tensor:
-        return _first(packed(_rows(q), _rows(k), _rows(v), cu_q, cu_kv, max_q, max_kv, softmax_scale=scale))
-
-    return Kernels(dense, varlen)
+    return Kernels(_flash_dense(attend), _flash_varlen(packed))
 
 
 def quantise_heads(x: Tensor, heads: int, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -200,16 +206,13 @@ def bind_flash4(module: object) -> Kernels:
     """Bind ``flash_attn.cute`` (FlashAttention-4)."""
     attend, packed = getattr(module, "flash_attn_func"), getattr(module, "flash_attn_varlen_func")  # noqa: B009
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None) -> Tensor:
-        return _first(attend(*_tokens_first(q, k, v), softmax_scale=scale, causal=False)).transpose(1, 2)
-
     def varlen(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_kv: Tensor, max_q: int, max_kv: int, scale: float | None
     ) -> Tensor:
         bounds = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_kv, "max_seqlen_q": max_q, "max_seqlen_k": max_kv}
         return _first(packed(_rows(q), _rows(k), _rows(v), softmax_scale=scale, causal=False, **bounds))
 
-    return Kernels(dense, varlen)
+    return Kernels(_flash_dense(attend), varlen)
 
 
 def bind_flash4_fp8(module: object) -> Kernels:
