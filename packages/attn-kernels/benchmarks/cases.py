@@ -110,6 +110,7 @@ def make_cases(scene: Scene, t: Tensors) -> list[Case]:
         "landmark 8%": lambda: landmark_case(scene, t, 0.08),
         "pooled landmark t4": lambda: pooled_case(scene, t, 4),
         "hybrid r3 P3": lambda: hybrid_case(scene, t, radius=3, terms=3, rank=16),
+        "hybrid r3 P3 added": lambda: hybrid_case(scene, t, radius=3, terms=3, rank=16, combine="additive"),
         "mlp map": lambda: mlp_case(t, t.q.dtype),
         "mlp map bf16": lambda: mlp_case(t, torch.bfloat16),
         "hedgehog map": lambda: hedgehog_case(t),
@@ -163,10 +164,8 @@ def taylor_case(t: Tensors, terms: int, *, blocks: int = 1, path: Literal["auto"
 def pairwise_series(q: Tensor, t: Tensors, terms: int, blocks: int, scale: float) -> Tensor:
     """Truncated series around mean query and mean key, written out for every pair of a sampled query and a key."""
     outputs = []
-    width = q.shape[-1] // blocks
     for part in range(blocks):
-        columns = slice(part * width, (part + 1) * width)
-        query, key, value = (x[..., columns].double() for x in (q, t.k, t.v))
+        query, key, value = (x.double().chunk(blocks, dim=-1)[part] for x in (q, t.k, t.v))
         centre = query.mean(dim=2, keepdim=True)
         weights = (scale * centre @ key.mT).softmax(dim=-1)
         residual = scale * (query[:, :, t.rows] - centre) @ (key - weights @ key).mT
@@ -238,15 +237,35 @@ def pooled_case(scene: Scene, t: Tensors, tile: int) -> Case:
     )
 
 
-def hybrid_case(scene: Scene, t: Tensors, *, radius: int, terms: int, rank: int) -> Case:
-    """Hybrid attention with one denominator; its projection is fitted before."""
+def hybrid_case(
+    scene: Scene,
+    t: Tensors,
+    *,
+    radius: int,
+    terms: int,
+    rank: int,
+    combine: Literal["shared", "additive"] = "shared",
+) -> Case:
+    """Hybrid attention, with one denominator or as a sum; its projection is fitted before."""
     projection = fit_projection(t.q, t.k, rank=rank)
     keys = window_keys_2d(t.q.shape[2], scene.grids, radius)
+    shared = combine == "shared"
+
+    def added() -> Tensor:
+        local = window_case(scene, t, radius).expected()
+        low_q, low_k = projection.apply(t.q, t.k)
+        low = Tensors(low_q, low_k, t.v, t.rows)
+        return local.double() + pairwise_series(low_q, low, terms, 1, t.q.shape[-1] ** -0.5)
+
     return Case(
-        f"hybrid r{radius} P{terms}",
-        lambda: hybrid_attention(t.q, t.k, t.v, projection, grids=scene.grids, radius=radius, terms=terms).out,
-        lambda: pairwise_hybrid(scene, t, projection, radius, terms),
-        hybrid_work(t.shape, near_keys=keys, rank=rank, terms=terms),
+        f"hybrid r{radius} P{terms}" + ("" if shared else " added"),
+        lambda: (
+            hybrid_attention(
+                t.q, t.k, t.v, projection, grids=scene.grids, radius=radius, terms=terms, combine=combine
+            ).out
+        ),
+        (lambda: pairwise_hybrid(scene, t, projection, radius, terms)) if shared else added,
+        hybrid_work(t.shape, near_keys=keys, rank=rank, terms=terms, fused=t.q.device.type == "cuda"),
         keys,
     )
 

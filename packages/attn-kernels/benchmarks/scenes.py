@@ -79,6 +79,7 @@ ON_CUDA = (
     "landmark 5%",
     "pooled landmark t4",
     "hybrid r3 P3",
+    "hybrid r3 P3 added",
     "mlp map",
     "hedgehog map",
 )

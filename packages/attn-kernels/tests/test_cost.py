@@ -116,6 +116,11 @@ def test_hybrid_is_more_than_its_parts():
     far = taylor_work(AttentionShape(1, 24, 1000, 1000, 16, 128), terms=3)
     assert work.flops > near.flops + far.flops
     assert work.exponentials == near.exponentials
+    fused = hybrid_work(shape, near_keys=100.0, rank=16, terms=3, fused=True)
+    # Queries and keys once more, and sums in float32 to memory and back instead of an answer.
+    assert fused.values - work.values == 24 * 1000 * (2 * 128 + 3 * 128)
+    assert (fused.flops, fused.products) == (work.flops, work.products)
+    assert fused.launches > work.launches
 
 
 def test_more_terms_features_keys_and_blocks_cost_as_they_should():

@@ -42,6 +42,21 @@ def test_an_old_compiler_is_refused_where_the_kernel_needs_a_newer_one(pretend, 
     assert refuse_fused("auto", on_cuda, least=(3, 3)) is None
 
 
+def test_a_compiler_that_fails_for_some_gpus_is_refused_there_only(pretend, on_cuda, monkeypatch):
+    from attn_kernels.kernel_regression.api import _FAILING
+
+    monkeypatch.setattr(triton_support, "device_target", lambda device: "sm100")
+    pretend(version("3.5.1"))
+    assert refuse_fused("auto", on_cuda) is None
+    assert "fails on it for sm100" in str(refuse_fused("auto", on_cuda, failing=_FAILING))
+    monkeypatch.setattr(triton_support, "device_target", lambda device: "sm90")
+    assert refuse_fused("auto", on_cuda, failing=_FAILING) is None
+    monkeypatch.setattr(triton_support, "device_target", lambda device: "sm100")
+    for newer in ("3.4.0", "3.6.0", "3.9.0"):
+        pretend(version(newer))
+        assert refuse_fused("auto", on_cuda, failing=_FAILING) is None
+
+
 def test_what_cannot_be_imported_is_a_reason_and_no_crash(pretend, on_cuda, monkeypatch):
     pretend(None)
     assert "not installed" in str(refuse_fused("fused", on_cuda))

@@ -275,14 +275,18 @@ def taylor_work(shape: AttentionShape, *, terms: int, blocks: int = 1) -> Work:
     return Work(f"taylor:{terms}", flops, 0.0, products, values, 4)
 
 
-def hybrid_work(shape: AttentionShape, *, near_keys: float, rank: int, terms: int) -> Work:
+def hybrid_work(shape: AttentionShape, *, near_keys: float, rank: int, terms: int, fused: bool = False) -> Work:
     """Work of hybrid attention: exact near keys with their low-rank scores, and Taylor attention of low rank.
+
+    The kernels pass queries and keys once more, for their means, and between them the sums of the series that each
+    query reads lie in memory, in float32.
 
     Args:
         shape: Sizes.
         near_keys: Mean number of near keys per query: ``window_keys`` or ``window_keys_2d``.
         rank: Width to which queries and keys are projected.
         terms: P.
+        fused: Whether the kernels run.
     """
     near = attend_work("hybrid", shape, near_keys)
     low = AttentionShape(shape.batch, shape.heads, shape.queries, shape.keys, rank, shape.value_width)
@@ -290,7 +294,14 @@ def hybrid_work(shape: AttentionShape, *, near_keys: float, rank: int, terms: in
     pairs = near.exponentials
     project = 2.0 * shape.batch * shape.heads * (shape.queries + shape.keys) * shape.width * rank
     flops = near.flops + far.flops + 2.0 * pairs * rank + project
-    return Work("hybrid", flops, pairs, pairs * terms + far.products, near.values + far.values, 8)
+    values, launches = near.values + far.values, 8
+    if fused:
+        heads = float(shape.batch * shape.heads)
+        again = heads * (shape.queries + shape.keys) * shape.width
+        # Written and read, each number as large as two of half precision; the far part's own output is not written.
+        values += again + heads * shape.queries * shape.value_width * (2 * 2 - 1)
+        launches = 16
+    return Work("hybrid", flops, pairs, pairs * terms + far.products, values, launches)
 
 
 def pays_off(

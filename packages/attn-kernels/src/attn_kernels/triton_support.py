@@ -7,6 +7,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from attn_kernels.impl import Impl
+from attn_kernels.targets import Target, device_target
 
 
 def interpreted() -> bool:
@@ -32,7 +33,12 @@ def triton_version() -> tuple[int, int] | str:
     return int(major), int(minor)
 
 
-def refuse_fused(requested: Impl | str, *tensors: Tensor, least: tuple[int, int] = (3, 2)) -> str | None:
+def refuse_fused(
+    requested: Impl | str,
+    *tensors: Tensor,
+    least: tuple[int, int] = (3, 2),
+    failing: tuple[tuple[int, int], Target] | None = None,
+) -> str | None:
     """Say why the fused form of an operator cannot run on these tensors, or ``None`` if it can.
 
     ``AUTO`` never takes the interpreter: it is thousands of times slower than the reference.
@@ -42,6 +48,7 @@ def refuse_fused(requested: Impl | str, *tensors: Tensor, least: tuple[int, int]
         *tensors: Tensors of the call, at least one; float64 and tensors that require a gradient are the operator's
             own business.
         least: The oldest version of Triton whose compiler takes the kernel.
+        failing: A later version whose compiler fails on the kernel, and the family of GPUs for which it does.
 
     Returns:
         A reason that says what to do, or ``None``.
@@ -60,4 +67,8 @@ def refuse_fused(requested: Impl | str, *tensors: Tensor, least: tuple[int, int]
         return (
             f"the compiler of Triton {version[0]}.{version[1]} cannot take it; install {least[0]}.{least[1]} or newer"
         )
+    if kinds == {"cuda"} and failing is not None and version == failing[0]:
+        target = device_target(tensors[0].device)
+        if target == failing[1]:
+            return f"the compiler of Triton {version[0]}.{version[1]} fails on it for {target}; install a newer one"
     return None

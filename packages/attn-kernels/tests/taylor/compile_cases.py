@@ -48,14 +48,17 @@ def _features(kernel, dtype, width, columns, terms, **constants):
     torch_dtype, triton_dtype = _DTYPES[dtype]
     sums = {"Z", "W", "OFFSET", "TOTAL", "NUM", "DEN", "LSE", "WEIGHT", "ZSUM"}
     sums |= {"S"} if kernel is not taylor_query_kernel else set()
-    pointers = dict.fromkeys(sums, "*fp32") | dict.fromkeys({"KT", "QT", "V", "OUT", "SUM", "S"} - sums, f"*{dtype}")
+    pointers = dict.fromkeys(sums | {"FACTOR"}, "*fp32") | dict.fromkeys(
+        {"KT", "QT", "V", "OUT", "SUM", "S"} - sums, f"*{dtype}"
+    )
     pointers |= {"TABLE": "*i32", "MASK": "*u8"}
     options = {}
     for target in TARGETS:
         launch = taylor_launch(target, torch_dtype, columns, terms)
         stages = launch.stages if constants.get("HAS_V", True) else 1
+        features = launch.query_features(fitted=constants.get("FITTED", False))
         sizes = {
-            **{"BF": launch.features, "BE": min(columns, launch.columns), "BN": launch.tokens},
+            **{"BF": features, "BE": min(columns, launch.columns), "BN": launch.tokens},
             **{"BQ": launch.queries, "STAGES": stages},
         }
         options[target] = {
@@ -65,6 +68,7 @@ def _features(kernel, dtype, width, columns, terms, **constants):
         }
     values = {
         **{"D": width, "DV": columns, "DEGREE": terms - 1, "HAS_MASK": True, "HAS_V": True, "FINISH": True},
+        **{"FITTED": False},
         **{"DTYPE": triton_dtype, "INTERPRET": False},
         **constants,
     }
@@ -122,4 +126,5 @@ def cases():
     found += [
         _features(kernel, "bf16", 16, 16, 4, HAS_V=False) for kernel in (taylor_state_kernel, taylor_query_kernel)
     ]
+    found += [_features(taylor_query_kernel, dtype, 16, 128, 4, FITTED=True) for dtype in ("bf16", "fp32")]
     return [*found, _resident(), _features(taylor_query_kernel, "bf16", 128, 128, 3, FINISH=False)]

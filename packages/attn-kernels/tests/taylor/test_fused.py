@@ -1,6 +1,7 @@
 """The Taylor kernels equal the reference and the series itself, in the interpreter on the CPU or on the GPU."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,52 @@ def test_every_path_is_the_same_function(config):
         assert_same(tensors, 1e-5, mask_for(2, 77), terms=terms, scale=0.3, config=config)
 
 
+@pytest.mark.parametrize(("dtype", "ratio"), DTYPES)
+@pytest.mark.parametrize(
+    ("terms", "width", "columns", "masked"), [(3, 16, 16, True), (4, 16, 16, False), (5, 5, 40, True), (1, 4, 8, True)]
+)
+def test_least_squares_coefficients(dtype, ratio, terms, width, columns, masked):
+    tensors = draw(2, 1, 70, 90, width, columns, dtype)
+    config = TaylorConfig(coefficients="hermite", hermite_limit=100.0)
+    assert_same(tensors, ratio, mask_for(2, 90) if masked else None, terms=terms, config=config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TaylorConfig(coefficients="hermite", hermite_limit=0.8),
+        TaylorConfig(coefficients="hermite", hermite_limit=100.0, path="streaming", feature_chunk=100, value_chunk=11),
+        TaylorConfig(coefficients="hermite", hermite_limit=100.0, blocks=2, mode="independent"),
+    ],
+    ids=["some queries only", "streaming", "blocks"],
+)
+def test_least_squares_coefficients_on_every_path(config):
+    from attn_kernels.taylor import denominator_probe
+
+    q, k, v = draw(2, 1, 45, 77, 8, 20)
+    options = {"key_mask": mask_for(2, 77), "scale": 0.3, "config": config}
+    for terms in (3, 4):
+        part = assert_same((q, k, v), 1e-5, terms=terms, **options)
+        plain = replace(config, coefficients="taylor")
+        other = taylor_attention(q, k, v, terms=terms, impl="fused", **{**options, "config": plain})
+        same = torch.isclose(part.out, other.out, rtol=1e-5, atol=1e-6).all(-1)
+        # Those whose logits spread too far keep Taylor's coefficients.
+        assert same.any() == (config.hermite_limit < 1.0)
+        assert not same.all()
+        probes = [denominator_probe(q, k, terms=terms, impl=impl, **options).minimum for impl in ("fused", "reference")]
+        assert_close("minimum", *probes, 1e-5)
+
+
+def test_least_squares_coefficients_without_keys_or_queries():
+    q, k, v = draw(2, 1, 20, 30, 4, 8)
+    key_mask = mask_for(2, 30)
+    key_mask[0] = False
+    config = TaylorConfig(coefficients="hermite")
+    part = assert_same((q, k, v), 1e-5, key_mask, config=config)
+    assert (part.lse[0] == -torch.inf).all()
+    assert taylor_attention(q[:, :, :0], k, v, config=config, impl="fused").out.shape == (2, 1, 0, 8)
+
+
 def test_many_tiles_splits_and_columns(monkeypatch):
     from attn_kernels.taylor import fused
 
@@ -246,7 +293,5 @@ def test_refusals():
     q, k, v = draw(1, 1, 20, 20, 8, 8)
     with pytest.raises(ValueError, match="float64"):
         taylor_attention(q.double(), k.double(), v.double(), impl="fused")
-    with pytest.raises(ValueError, match="differ per query"):
-        taylor_attention(q, k, v, config=TaylorConfig(coefficients="hermite"), impl="fused")
     with pytest.raises(ValueError, match="no gradient"):
         taylor_attention(q.requires_grad_(), k, v, impl="fused")

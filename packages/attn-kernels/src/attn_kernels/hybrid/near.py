@@ -60,10 +60,10 @@ class Near:
             raise ValueError("prefix and chunk belong to a window in one dimension; give window")
         if self.queries != self.keys:
             raise ValueError(f"a 2-D window needs a query per key, got {self.queries} queries and {self.keys} keys")
-        check_windows_2d(self.grids, self.keys, self._reach, self.exact_queries)
+        check_windows_2d(self.grids, self.keys, self.reach, self.exact_queries)
 
     @property
-    def _reach(self) -> int | tuple[int, int]:
+    def reach(self) -> int | tuple[int, int]:
         """The radius of a window in two dimensions."""
         return 0 if self.radius is None else self.radius
 
@@ -73,7 +73,7 @@ class Near:
             return window_mask_2d(
                 self.keys,
                 grids=self.grids,
-                radius=self._reach,
+                radius=self.reach,
                 exact_queries=self.exact_queries,
                 query_positions=positions,
             )
@@ -90,7 +90,7 @@ class Near:
         """Return the near pairs block by block, every query in one block."""
         if self.window is None:
             return window_blocks_2d(
-                self.keys, grids=self.grids, radius=self._reach, exact_queries=self.exact_queries, device=device
+                self.keys, grids=self.grids, radius=self.reach, exact_queries=self.exact_queries, device=device
             )
         return window_blocks(
             self.queries, self.keys, window=self.window, prefix=self.prefix, chunk=self.chunk, device=device
@@ -115,7 +115,7 @@ class Near:
                 k,
                 v,
                 grids=self.grids,
-                radius=self._reach,
+                radius=self.reach,
                 exact_queries=self.exact_queries,
                 scale=scale,
                 key_mask=key_mask,

@@ -47,13 +47,21 @@ class Projection:
         Raises:
             ValueError: Heads, width or device do not fit.
         """
+        self.check(q)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return q.to(wide) @ self.q_basis.to(wide), k.to(wide) @ self.k_basis.to(wide)
+
+    def check(self, q: Tensor) -> None:
+        """Check that queries ``[B, H, Nq, D]`` are those of the layer that this was fitted to, as far as sizes say.
+
+        Raises:
+            ValueError: Heads, width or device do not fit.
+        """
         if self.q_basis.shape[:2] != (q.shape[1], q.shape[3]) or self.q_basis.device != q.device:
             raise ValueError(
                 f"the projection is for {self.q_basis.shape[0]} heads of width {self.q_basis.shape[1]} on "
                 f"{self.q_basis.device}, the tensors have {q.shape[1]} of {q.shape[3]} on {q.device}"
             )
-        wide = torch.promote_types(q.dtype, torch.float32)
-        return q.to(wide) @ self.q_basis.to(wide), k.to(wide) @ self.k_basis.to(wide)
 
 
 def fit_projection(

@@ -5,12 +5,16 @@ from torch import Tensor
 
 from attn_kernels.checks import FLOAT_DTYPES, check_key_mask, check_qkv
 from attn_kernels.impl import Impl, resolve_impl
-from attn_kernels.kernel_regression.feature_map import FeatureMap, HedgehogFeatureMap, check_map
+from attn_kernels.kernel_regression.feature_map import FeatureMap, HedgehogFeatureMap, MlpFeatureMap, check_map
 from attn_kernels.kernel_regression.map_blocked import feature_map_blocked
 from attn_kernels.kernel_regression.map_reference import CHUNK, feature_map_reference
 from attn_kernels.kernel_regression.reference import kernel_regression_reference
 from attn_kernels.partial import Partial
+from attn_kernels.targets import Target
 from attn_kernels.triton_support import refuse_fused
+
+_FAILING: tuple[tuple[int, int], Target] = ((3, 5), "sm100")
+"""A version of Triton that fails on the network's kernels in half precision, and the GPUs for which it does."""
 
 
 def kernel_regression(
@@ -104,7 +108,9 @@ def feature_map_attention(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     gradient = _refuse_gradient(q, k, v, map_q, map_k)
-    fused = gradient or refuse_fused(impl, q, k, v) or _refuse_fused_maps(q, v, map_q, map_k)
+    half = (q.dtype if map_dtype is None else map_dtype) is not torch.float32
+    failing = _FAILING if half and isinstance(map_q, MlpFeatureMap) else None
+    fused = gradient or refuse_fused(impl, q, k, v, failing=failing) or _refuse_fused_maps(q, v, map_q, map_k)
     chosen = resolve_impl(impl, {Impl.FUSED: fused, Impl.BLOCKED: gradient, Impl.REFERENCE: None})
     if chosen is Impl.FUSED:
         from attn_kernels.kernel_regression.fused import feature_map_fused

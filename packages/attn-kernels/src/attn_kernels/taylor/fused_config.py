@@ -40,6 +40,10 @@ class TaylorLaunch:
     warps: int
     stages: int
 
+    def query_features(self, *, fitted: bool) -> int:
+        """Features of a tile of the query kernel; coefficients per query wait in registers beside them."""
+        return min(self.features, 32) if fitted else self.features
+
 
 def taylor_launch(target: Target, dtype: torch.dtype, value_width: int, terms: int) -> TaylorLaunch:
     """Return the stored configuration.

@@ -185,16 +185,19 @@ def store_answer(
 
 @triton.jit
 def taylor_query_kernel(
-    QT, TABLE, S, Z, OFFSET, TOTAL, NUM, DEN, OUT, LSE,
+    QT, TABLE, S, Z, FACTOR, OFFSET, TOTAL, NUM, DEN, OUT, LSE,
     stride_b, stride_h, stride_n, heads, blocks, queries, pitch, count, resume, eps,
     D: tl.constexpr, DV: tl.constexpr, DEGREE: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, BQ: tl.constexpr,
-    FINISH: tl.constexpr, HAS_V: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
+    FINISH: tl.constexpr, HAS_V: tl.constexpr, FITTED: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Read ``count`` features for ``BQ`` queries and ``BE`` columns; the last chunk of features divides and stores.
 
     QT ``[G, D + 1, pitch]``, S ``[G, count, DV]``, Z ``[G, count]`` fp32, OUT ``[B, H, queries, blocks * DV]``, LSE
     ``[G, queries]``. With several chunks of features NUM ``[G, queries, DV]`` and DEN ``[G, queries]`` fp32 carry the
-    sums from one to the next: read if ``resume``, written unless ``FINISH``. Without ``HAS_V`` only DEN is made.
+    sums from one to the next: read if ``resume``, written unless ``FINISH``. Without ``HAS_V`` only DEN is made. With
+    ``FITTED`` a feature in which the constant stands c times is multiplied by row c of FACTOR ``[G, DEGREE + 1,
+    queries]`` fp32.
     """
     group = tl.program_id(1)
     column = tl.program_id(2)
@@ -203,6 +206,7 @@ def taylor_query_kernel(
     there = n < queries
     here = there[:, None] & (e < DV)[None, :]
     QT += group.to(tl.int64) * (D + 1) * pitch
+    FACTOR += group.to(tl.int64) * (DEGREE + 1) * queries
     TABLE_Z = Z + group.to(tl.int64) * count
     S += group.to(tl.int64) * count * DV
     sums = group.to(tl.int64) * queries + n
@@ -216,6 +220,13 @@ def taylor_query_kernel(
         f = start + tl.arange(0, BF)
         present = f < count
         x = _features(QT, TABLE, f, present, n, n < pitch, count, pitch, DEGREE, BF, BQ)
+        if FITTED:
+            constants = tl.zeros((BF,), tl.int32)
+            for position in tl.static_range(DEGREE):
+                constants += (tl.load(TABLE + position * count + f, mask=present, other=1) == 0).to(tl.int32)
+            x *= tl.load(
+                FACTOR + (constants[:, None] * queries + n[None, :]), mask=present[:, None] & there[None, :], other=0.0
+            )
         z = tl.load(TABLE_Z + f, mask=present, other=0.0)
         den += tl.sum(x * z[:, None], 0)
         if HAS_V:
