@@ -2,6 +2,7 @@
 
     python benchmarks/bench_forward.py
     python benchmarks/bench_forward.py --scenes "narrow, 1K" --out here.json
+    python benchmarks/bench_forward.py --scenes "" --fidelity
     python benchmarks/bench_forward.py --device cuda
 
 The model is a diffusers ``FluxTransformer2DModel`` of Flux.1-dev's sizes with random weights: what it draws is noise,
@@ -9,7 +10,7 @@ what it costs is real. On a GPU it is the whole model in bfloat16, on a CPU a na
 float32, on one thread, timed by the process's own clock. Exact attention is the fastest backend of ``attn_dispatch``;
 every approximation stands behind ``PaysOff``, so that exact attention answers where the cost model foretells no gain.
 Beside time and memory stands each method's distance from exact attention on the embedded teacher's own queries, keys
-and values: without it a speed-up means nothing.
+and values: without it a speed-up means nothing. The learned student is distilled for it on eight images first.
 
 Results go to ``benchmarks/results/forward-<device>.json``. A run of some scenes replaces those scenes in the file and
 keeps the others, if they are of the same machine and versions.
@@ -160,6 +161,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--scenes", help="names of scenes, with semicolons between; all")
     parser.add_argument("--out", type=Path, help="file of the result")
+    parser.add_argument("--fidelity", action="store_true", help="measure the distances again where the file has them")
     return parser.parse_args()
 
 
@@ -170,7 +172,7 @@ def main() -> int:
     torch.set_num_threads(1)
     scenes = cuda_scenes() if device.type == "cuda" else cpu_scenes()
     if arguments.scenes is not None:
-        names = [name.strip() for name in arguments.scenes.split(";")]
+        names = [name.strip() for name in arguments.scenes.split(";") if name.strip()]
         unknown = set(names) - {scene.name for scene in scenes}
         if unknown:
             print(f"no scene {', '.join(sorted(unknown))}; there are {'; '.join(scene.name for scene in scenes)}")
@@ -183,7 +185,8 @@ def main() -> int:
     merged(before, facts, (), ())  # Before the long part: does the file fit this machine?
     rows, shares = run_scenes(scenes, device)
     everything, all_shares = merged(before, facts, rows, shares)
-    fidelity: list[dict[str, object]] = before.get("fidelity") or [asdict(one) for one in distances()]
+    known: list[dict[str, object]] = [] if arguments.fidelity else before.get("fidelity") or []
+    fidelity = known or [asdict(one) for one in distances()]
     asked = verdicts([Row(**one) for one in everything], [Share(**one) for one in all_shares])
     print_verdicts(asked, fidelity)
     result = {"facts": facts, "asked": asked, "shares": all_shares, "rows": everything, "fidelity": fidelity}

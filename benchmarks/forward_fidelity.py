@@ -9,7 +9,9 @@ from attn_dispatch.backends import TaylorBackend, TaylorBackendConfig
 from attn_kernels import cosine_distance, relative_l2
 from forward_methods import NEAR_FAR, Choice, hkr, near_far, near_far_name
 from torch import Tensor
-from ttr_distill.tiny import TinySampler, heldout_prompts, load_teacher
+from ttr_distill import DistillConfig, Distiller, ReadinessTracker, UpdateConfig
+from ttr_distill.student import StudentBackend
+from ttr_distill.tiny import TinySampler, heldout_prompts, load_teacher, training_prompts
 
 SIDE = 32
 """Rows and columns of image tokens: the largest size that the teacher was trained at."""
@@ -24,12 +26,14 @@ class Distance:
         image_tokens: Image tokens.
         cosine_distance: Mean over queries, heads, layers and steps.
         relative_l2: Mean over layers and steps.
+        updates: How often each layer's student was updated before; ``None`` if nothing learns.
     """
 
     method: str
     image_tokens: int
     cosine_distance: float
     relative_l2: float
+    updates: int | None = None
 
 
 class Comparison:
@@ -65,15 +69,42 @@ class Comparison:
         return exact
 
 
-def distances(*, steps: int = 4, prompts: int = 1) -> list[Distance]:
-    """Sample held-out prompts with exact attention and compare every method on the way."""
+def learn(sampler: TinySampler, backend: StudentBackend, images: int) -> int:
+    """Distil students while the teacher draws images, with one update after every call.
+
+    Returns:
+        Updates of each layer.
+    """
+    layers = sampler.layers
+    config = DistillConfig(update=UpdateConfig(learning_rate=2e-3), min_swap_layers=len(layers), heldout_period=0)
+    distiller = Distiller(backend.bank, ReadinessTracker(), config, seed=0)
+    prompts = training_prompts()
+    for image in range(images):
+        sampler.sample([prompts[17 * image % len(prompts)]], [image], distiller)
+        distiller.raise_pending()
+    return distiller.updates // len(layers)
+
+
+def distances(*, side: int = SIDE, steps: int = 4, prompts: int = 1, images: int = 8) -> list[Distance]:
+    """Sample held-out prompts with exact attention and compare every method on the way.
+
+    Args:
+        side: Rows and columns of image tokens.
+        steps: Sampling steps of the comparison.
+        prompts: Held-out prompts to compare on.
+        images: Images of eight steps that the learned student is distilled on.
+    """
     teacher = load_teacher()
     taylor = TaylorBackend(TaylorBackendConfig.recommended())
+    fresh, learned = hkr(teacher.transformer), hkr(teacher.transformer)
+    assert isinstance(learned.backend, StudentBackend)
+    updates = learn(TinySampler(teacher, rows=side, columns=side, steps=8, guidance=3.0), learned.backend, images)
     choices = {near_far_name(config): near_far(config) for config in NEAR_FAR}
-    choices |= {"hkr, untrained": hkr(teacher.transformer), "taylor": Choice(taylor, taylor.work)}
+    choices |= {"hkr, untrained": fresh, "hkr": learned, "taylor": Choice(taylor, taylor.work)}
     comparison = Comparison(choices)
-    sampler = TinySampler(teacher, rows=SIDE, columns=SIDE, steps=steps, guidance=3.0)
+    sampler = TinySampler(teacher, rows=side, columns=side, steps=steps, guidance=3.0)
     with torch.inference_mode():
         sampler.sample(heldout_prompts()[:prompts], [2000 + index for index in range(prompts)], comparison)
     means = {name: torch.stack(found).mean(dim=0).tolist() for name, found in comparison.found.items()}
-    return [Distance(name, SIDE * SIDE, cosine, relative) for name, (cosine, relative) in means.items()]
+    done = {"hkr, untrained": 0, "hkr": updates}
+    return [Distance(name, side * side, cosine, relative, done.get(name)) for name, (cosine, relative) in means.items()]

@@ -108,7 +108,7 @@ def near_far(config: NearFarConfig) -> Choice:
 
 
 def hkr(transformer: nn.Module) -> Choice:
-    """The learned student with its default settings, untrained: its time does not depend on its weights."""
+    """The learned student with its default settings and fresh weights, on which its time does not depend."""
     heads, width = attention_shape(transformer)
     bank = StudentBank.for_layers(preset("hkr"), layers(transformer), heads, width)
     bank.to(next(transformer.parameters()).device)

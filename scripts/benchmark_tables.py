@@ -140,11 +140,17 @@ def gpu(found: Sequence[Result]) -> str:
 def fidelity(found: Sequence[Result]) -> str:
     """Distances on the embedded teacher."""
     rows = [
-        [str(row["method"]), figure(row["image_tokens"]), figure(row["cosine_distance"]), figure(row["relative_l2"])]
+        [_learned(row), figure(row["image_tokens"]), figure(row["cosine_distance"]), figure(row["relative_l2"])]
         for one in list(of_kind(found, "fidelity"))[:1]
         for row in one.rows("fidelity")
     ]
     return table(("method", "image tokens", "cosine distance", "relative L2"), rows) if rows else NOTHING
+
+
+def _learned(row: Row) -> str:
+    """Name of a method, with the updates of its students."""
+    updates = row.get("updates")
+    return f"{row['method']}, {figure(updates)} updates a layer" if updates else str(row["method"])
 
 
 def promised(found: Sequence[Result]) -> str:

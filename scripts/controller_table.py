@@ -6,7 +6,10 @@ Run from the repository root, for example::
 
 Each seed has its own training images, held-out images and draws. Finished seeds are kept in the output file, so that an
 interrupted comparison goes on where it stopped; a second student is added to the same file. ``--readme FILE`` prints
-the file's tables in Markdown.
+the file's tables in Markdown. ``--keep`` takes rows of slow methods from an earlier file instead of learning again.
+
+The column of LPIPS has random weights in its backbone (and needs the extra ``lpips``): it shows that images are
+compared, not what people see.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from attn_dispatch.call import TokenLayout
@@ -26,12 +30,16 @@ from attn_kernels import TokenGrid
 from attn_kernels.cost import exact_flops
 from torch import Tensor
 from ttr_controller import budget
+from ttr_controller.costs import AttentionCosts
+from ttr_controller.guard import ScheduleGuard
 from ttr_controller.judge import Judge
 from ttr_controller.methods import (
     Images,
     Ranking,
+    rank_by_budget,
     rank_by_flips,
     rank_by_layer_error,
+    rank_by_pairs,
     rank_by_probe,
     rank_by_reinforce,
     rank_by_relaxed_gates,
@@ -39,6 +47,8 @@ from ttr_controller.methods import (
 )
 from ttr_controller.pipeline.differentiable import DifferentiableTinySampler
 from ttr_controller.policy import PolicyConfig
+from ttr_controller.quality.latent import relative_rmse
+from ttr_controller.quality.learned import LpipsDistance
 from ttr_controller.relaxed import RelaxedConfig
 from ttr_controller.trainer import ControllerConfig
 from ttr_distill.files import write_atomically
@@ -49,6 +59,14 @@ from ttr_distill.training import DistillConfig, Distiller
 COSTS = (0.25, 0.5, 0.75)
 ZERO_ROLLOUT = ("random", "first steps", "last steps", "layer error", "budget")
 RANDOM_DRAWS = 3
+ORDER = (*ZERO_ROLLOUT, "probe", "flips", "pairs", "relaxed", "reinforce")
+SMOKE_LEVEL = 0.5
+LABELS = MappingProxyType(
+    {
+        "layer error": "distillation error by layer",
+        "budget": "distillation error and cost by a knapsack (`budget`)",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,7 @@ class Amounts:
 
     Attributes:
         probe_images: Training images of probe and flips.
+        pair_images: Training images of the pairs.
         relaxed_iterations: Gradient steps of relaxed gates, two images each.
         updates: REINFORCE updates of four rollouts.
         judged: Training images on which REINFORCE compares its candidates.
@@ -66,6 +85,7 @@ class Amounts:
     """
 
     probe_images: int = 2
+    pair_images: int = 8
     relaxed_iterations: int = 18
     updates: int = 14
     judged: int = 2
@@ -79,9 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="near_far", help="a student preset")
     parser.add_argument("--name", help="what the comparison is called in the file; the preset if left out")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the preset (JSON values)"
-    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the preset (JSON)")
     parser.add_argument(
         "--student-cost", type=float, help="cost of a student slot relative to a full one; operations if left out"
     )
@@ -92,6 +110,8 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--keep", nargs="*", default=[], metavar="METHOD", help="methods whose rows come from --old")
+    parser.add_argument("--old", type=Path)
     parser.add_argument("--readme", action="store_true", help="print the tables of --out and run nothing")
     arguments = parser.parse_args()
     if arguments.readme:
@@ -129,15 +149,29 @@ def run(arguments: argparse.Namespace) -> None:
             "seeds": {},
         },
     )
+    if arguments.keep:
+        data["facts"]["kept"] = f"rows of {', '.join(arguments.keep)} come from an earlier run of the same comparison"
     for seed in range(arguments.seeds):
         if str(seed) in entry["seeds"]:
             continue
         start = time.process_time()
-        rows = compare(sampler, StudentBackend(bank), entry["student_cost"], amounts, seed)
+        old = kept_rows(arguments, seed)
+        rows = compare(sampler, StudentBackend(bank), entry["student_cost"], amounts, seed, tuple(arguments.keep)) + old
         entry["seeds"][str(seed)] = {"rows": rows, "cpu_seconds": time.process_time() - start}
-        data["summary"] = {name: gains(summary(one)) for name, one in data["students"].items()}
+        data["summary"] = {name: gains(summary(one), smoke(one)) for name, one in data["students"].items()}
         write_atomically(arguments.out, (json.dumps(data, indent=1) + "\n").encode())
         print(markdown(data), flush=True)
+
+
+def kept_rows(arguments: argparse.Namespace, seed: int) -> list[dict[str, object]]:
+    """Rows of the methods of ``--keep`` from the file ``--old``, of the same comparison and seed."""
+    if not arguments.keep:
+        return []
+    old = json.loads(arguments.old.read_text(encoding="utf-8"))
+    entry = old["students"][arguments.name or arguments.student]
+    if (entry["tokens"], entry["steps"], entry["guidance"]) != (arguments.side**2, arguments.steps, arguments.guidance):
+        raise ValueError(f"{arguments.old} holds another comparison")
+    return [one for one in entry["seeds"][str(seed)]["rows"] if one["method"] in arguments.keep]
 
 
 def new_file() -> dict[str, dict[str, object]]:
@@ -149,6 +183,7 @@ def new_file() -> dict[str, dict[str, object]]:
         "threads": 1,
         "costs": list(COSTS),
         "error": "relative RMSE of the final latent on held-out images; random is the mean of three masks a seed",
+        "lpips": "smoke figure on the same images: squeeze backbone with random weights",
     }
     return {"facts": facts, "students": {}}
 
@@ -182,74 +217,89 @@ def student_cost(sampler: DifferentiableTinySampler, bank: StudentBank) -> float
 
 
 def compare(
-    sampler: DifferentiableTinySampler, backend: StudentBackend, cost: float, amounts: Amounts, seed: int
+    sampler: DifferentiableTinySampler,
+    backend: StudentBackend,
+    cost: float,
+    amounts: Amounts,
+    seed: int,
+    keep: Sequence[str] = (),
 ) -> list[dict[str, object]]:
     """Learn by every method on this seed's training images and judge all masks on its held-out images."""
     shares = [(level - cost) / (1.0 - cost) for level in COSTS]
-    slots = sampler.steps * len(sampler.layers)
-    counts = [min(slots, max(0, round(share * slots))) for share in shares]
-    rankings = rank(sampler, backend, amounts, seed, [count / slots for count in counts])
-    judge = Judge(sampler, backend)
+    steps, layers = sampler.steps, len(sampler.layers)
+    counts = [min(steps * layers, max(0, round(share * steps * layers))) for share in shares]
+    rankings = rank(sampler, backend, cost, amounts, seed, [count / (steps * layers) for count in counts], keep)
+    judge, lpips = Judge(sampler, backend), LpipsDistance("squeeze", random_backbone=True)
     heldout = images(heldout_prompts(), seed * amounts.heldout, amounts.heldout, 50_000 + 100 * seed)
-    everywhere = judge.mask_errors(torch.zeros(sampler.steps, len(sampler.layers), dtype=torch.bool), *heldout)
-    rows = [row("all student", 0.0, cost, everywhere, 0.0)]
+
+    def measured(method: str, level: float, rollouts: float, mask: Tensor) -> dict[str, object]:
+        teacher = judge.teacher.get(*heldout)
+        made = sampler.sample(*heldout, judge.router(ScheduleGuard(mask, sampler.layers)))
+        share = budget.full_share(mask)
+        return {
+            "method": method,
+            "level": level,
+            "cost": share + (1.0 - share) * cost,
+            "full_share": share,
+            "rollouts": rollouts,
+            "errors": rounded(relative_rmse(made.latent, teacher.latent)),
+            "lpips": rounded(lpips(made.images, teacher.images)),
+            "mask": ["".join("F" if full else "." for full in step) for step in mask.tolist()],
+        }
+
+    rows = [] if "all student" in keep else [measured("all student", 0.0, 0.0, budget.all_student(steps, layers))]
     for level, count in zip(COSTS, counts, strict=True):
         masks: list[tuple[str, Tensor, float]] = []
         for draw in range(RANDOM_DRAWS):
             generator = torch.Generator().manual_seed(1000 * seed + draw)
-            rules = simple_rules(sampler.steps, len(sampler.layers), count, generator)
+            rules = simple_rules(steps, layers, count, generator)
             masks += [(name, mask, 0.0) for name, mask in rules.items() if draw == 0 or name == "random"]
         masks += [(one.method, budget.top_k_mask(one.scores, count), one.rollouts) for one in rankings]
-        for name, mask, rollouts in masks:
-            rows.append(row(name, level, cost, judge.mask_errors(mask, *heldout), rollouts, mask))
+        rows += [measured(name, level, rollouts, mask) for name, mask, rollouts in masks if name not in keep]
     return rows
 
 
+def rounded(values: Tensor) -> list[float]:
+    """Figures for the results file."""
+    return [round(value, 6) for value in values.detach().double().tolist()]
+
+
 def rank(
-    sampler: DifferentiableTinySampler, backend: StudentBackend, amounts: Amounts, seed: int, shares: list[float]
+    sampler: DifferentiableTinySampler,
+    backend: StudentBackend,
+    cost: float,
+    amounts: Amounts,
+    seed: int,
+    shares: list[float],
+    keep: Sequence[str],
 ) -> list[Ranking]:
-    """Rankings of all methods; relaxed gates go on from flips, REINFORCE from the probe."""
+    """Rankings of all methods but those of ``keep``; relaxed gates go on from flips, REINFORCE from the probe."""
     prompts, noise = training_prompts(), 10_000 + 1_000 * seed
     probed = images(prompts, 5 * seed, amounts.probe_images, noise)
     judged = images(prompts, 5 * seed + amounts.probe_images, amounts.judged, noise + 100)
     pool = images(prompts, 5 * seed + 4, amounts.pool, noise + 200)
-    path = sampler.trajectory(*probed)
-    by_layer, by_bucket = rank_by_layer_error(sampler, probed, backend)
-    probe = rank_by_probe(sampler, probed, backend, path=path)
-    flips = rank_by_flips(sampler, probed, backend, path=path)
     usable = tuple(share for share in shares if 0.0 < share < 1.0)
-    gates = RelaxedConfig(iterations=amounts.relaxed_iterations, shares=usable)
-    relaxed = rank_by_relaxed_gates(sampler, pool, backend, flips, gates, seed=seed)
     if not usable:
         raise ValueError("the student is too dear at this size for any of the compared costs; give --student-cost 0")
-    config = ControllerConfig(target_full=shares[1] if shares[1] in usable else usable[-1], learning_rate=2e-3)
-    reinforce = rank_by_reinforce(
-        sampler,
-        pool,
-        judged,
-        backend,
-        probe,
-        config,
-        amounts.updates,
-        seed=seed,
-        policy=PolicyConfig(pixels_per_latent=4.0),
-    )
-    return [by_layer, by_bucket, probe, flips, relaxed, reinforce]
-
-
-def row(
-    method: str, level: float, student: float, errors: Tensor, rollouts: float, mask: Tensor | None = None
-) -> dict[str, object]:
-    """One line of the results file."""
-    share = 0.0 if mask is None else budget.full_share(mask)
-    return {
-        "method": method,
-        "level": level,
-        "cost": share + (1.0 - share) * student,
-        "full_share": share,
-        "rollouts": rollouts,
-        "errors": [round(value, 6) for value in errors.double().tolist()],
-    }
+    costs = AttentionCosts.of_student([cost] * len(sampler.layers))
+    found = [rank_by_layer_error(sampler, probed, backend), rank_by_budget(sampler, probed, backend, costs)]
+    found.append(rank_by_pairs(sampler, images(prompts, 5 * seed, amounts.pair_images, noise), backend, usable))
+    if {"probe", "flips", "relaxed", "reinforce"} <= set(keep):
+        return found
+    path = sampler.trajectory(*probed)
+    probe = rank_by_probe(sampler, probed, backend, path=path)
+    flips = rank_by_flips(sampler, probed, backend, path=path)
+    found += [probe, flips]
+    if "relaxed" not in keep:
+        gates = RelaxedConfig(iterations=amounts.relaxed_iterations, shares=usable)
+        found.append(rank_by_relaxed_gates(sampler, pool, backend, flips, gates, seed=seed))
+    if "reinforce" not in keep:
+        config = ControllerConfig(target_full=shares[1] if shares[1] in usable else usable[-1], learning_rate=2e-3)
+        policy = PolicyConfig(pixels_per_latent=4.0)
+        found.append(
+            rank_by_reinforce(sampler, pool, judged, backend, probe, config, amounts.updates, seed=seed, policy=policy)
+        )
+    return found
 
 
 def summary(entry: dict[str, dict[str, dict[str, list[dict[str, object]]]]]) -> dict[tuple[str, float], list[float]]:
@@ -266,7 +316,21 @@ def summary(entry: dict[str, dict[str, dict[str, list[dict[str, object]]]]]) -> 
     return found
 
 
-def gains(found: dict[tuple[str, float], list[float]]) -> dict[str, dict[str, dict[str, float]]]:
+def smoke(entry: dict[str, dict[str, dict[str, list[dict[str, object]]]]]) -> dict[str, float]:
+    """Mean LPIPS with random squeeze weights by method at ``SMOKE_LEVEL``, where it was measured."""
+    found: dict[str, list[float]] = {}
+    for seed in entry["seeds"].values():
+        for line in seed["rows"]:
+            values = line.get("lpips", [])
+            assert isinstance(values, list)
+            if line["level"] == SMOKE_LEVEL:
+                found.setdefault(str(line["method"]), []).extend(values)
+    return {method: sum(values) / len(values) for method, values in found.items() if values}
+
+
+def gains(
+    found: dict[tuple[str, float], list[float]], pictures: dict[str, float]
+) -> dict[str, dict[str, dict[str, float]]]:
     """Mean, standard error, and by which share the mean is below the best rule without rollouts and below random."""
     means = {key: mean_and_error(values) for key, values in found.items()}
     table: dict[str, dict[str, dict[str, float]]] = {}
@@ -279,7 +343,7 @@ def gains(found: dict[tuple[str, float], list[float]]) -> dict[str, dict[str, di
             "standard_error": round(error, 5) if math.isfinite(error) else 0.0,
             "below_best_rule": round(1 - mean / best, 4),
             "below_random": round(1 - mean / means["random", level][0], 4),
-        }
+        } | ({"lpips": round(pictures[method], 5)} if level == SMOKE_LEVEL and method in pictures else {})
     return table
 
 
@@ -296,7 +360,7 @@ def markdown(data: dict[str, dict[str, dict[str, object]]]) -> str:
     lines: list[str] = []
     for name, entry in data["students"].items():
         found = summary(entry)  # type: ignore[arg-type]
-        methods = list(dict.fromkeys(method for method, _ in found if method != "all student"))
+        methods = [method for method in ORDER if any(name == method for name, _ in found)]
         count = len(next(iter(found.values())))
         rollouts = {
             line["method"]: line["rollouts"]
@@ -308,14 +372,20 @@ def markdown(data: dict[str, dict[str, dict[str, object]]]) -> str:
             f"`{name}`, {entry['tokens']} tokens, {entry['steps']} steps, {count} seeds; a student's attention counts "
             f"{float(str(entry['student_cost'])):.2f} of full attention; students everywhere err by {everywhere:.3f}:",
             "",
-            "| method | rollouts | " + " | ".join(f"at {100 * level:.0f} % cost" for level in COSTS) + " |",
-            "|---|---|" + "---|" * len(COSTS),
+            "| method | rollouts | "
+            + " | ".join(f"at {100 * level:.0f} % cost" for level in COSTS)
+            + f" | LPIPS with random squeeze weights (smoke) at {100 * SMOKE_LEVEL:.0f} % |",
+            "|---|---|" + "---|" * (len(COSTS) + 1),
         ]
+        pictures = smoke(entry)  # type: ignore[arg-type]
         for method in methods:
             cells = ["{:.4f} ± {:.4f}".format(*mean_and_error(found[method, level])) for level in COSTS]
-            lines.append(f"| {method} | {float(rollouts[method]):.0f} | " + " | ".join(cells) + " |")
-        for method, levels in gains(found).items():
-            if method in ("flips", "relaxed"):
+            cells.append(f"{pictures[method]:.4f}" if method in pictures else "-")
+            lines.append(
+                f"| {LABELS.get(method, method)} | {float(rollouts[method]):.0f} | " + " | ".join(cells) + " |"
+            )
+        for method, levels in gains(found, pictures).items():
+            if method in ("flips", "pairs", "relaxed"):
                 each = [
                     f"at {100 * float(level):.0f} % {100 * one['below_best_rule']:.0f} % below the best rule and "
                     f"{100 * one['below_random']:.0f} % below random"

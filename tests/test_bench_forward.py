@@ -147,11 +147,13 @@ def test_new_scenes_replace_old_ones_of_the_same_machine():
 
 
 def test_distances_are_those_of_real_calls():
-    found = {one.method: one for one in load("forward_fidelity").distances(steps=1)}
+    found = {one.method: one for one in load("forward_fidelity").distances(side=24, steps=1, images=1)}
     assert found["near-far t4 k8"].cosine_distance < 0.01
     assert found["near-far t8 k2"].cosine_distance < 0.01
     assert found["taylor"].cosine_distance > 0.05
     assert found["hkr, untrained"].relative_l2 > 0.2
+    assert found["hkr"].updates == 8
+    assert found["hkr"].relative_l2 < found["hkr, untrained"].relative_l2
 
 
 def test_the_stored_model_of_large_sizes_is_that_of_the_sources():

@@ -55,6 +55,9 @@ class RealHost:
         arguments: tuple[str, ...] = (),
     ) -> None:
         self.base = base
+        models = Path(os.environ["COMFYUI_PATH"], "comfy/supported_models.py").read_text(encoding="utf-8")
+        self.newest = "flux2" if "Flux2" in models else "flux"
+        """The newest tiny model that this ComfyUI can make."""
         self.log = base / "server.log"
         for folder in FOLDERS:
             (base / folder).mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,10 @@
     python packages/ttr-distill/benchmarks/bench_students.py
 
 An update is everything between two of them: the student on 128 sampled queries, loss, backward pass, clipping and
-AdamW, at batch 1, 4 heads of width 128, 256 features and 1,024 tokens in float32. An answer is a whole call at 4,096
-tokens, beside torch's exact attention in the same run. Before anything is timed, answers are compared with the student
-in float64, and the gradient of the faster update with the float64 gradient. Times are the process's own. Results go to
+AdamW, at batch 1, 4 heads of width 128, 256 features and 1,024 tokens in float32. Its matrix products are also timed
+alone: with float32 products no update can take less. An answer is a whole call at 4,096 tokens, beside torch's exact
+attention in the same run. Before anything is timed, answers are compared with the student in float64, and the gradient
+of the faster update with the float64 gradient. Times are the process's own. Results go to
 ``benchmarks/results/bench-students-cpu-<processor>-<date>.json``.
 """
 
@@ -28,6 +29,7 @@ from ttr_distill.training.replay import ReplaySample
 from ttr_distill.training.update import UpdateConfig, make_optimizer, update_student
 
 HEADS, WIDTH, TEXT = 4, 128, 77
+FEATURES, QUERIES = 256, 128
 UPDATE_TOKENS, ANSWER_TOKENS = 1024, 4096
 UPDATE_BAR = 105.0
 """Milliseconds: 60 % of the 175 that the published implementation of the student needs on the same processor."""
@@ -77,7 +79,7 @@ def make_sample() -> ReplaySample:
     target = softmax_attention(call.q, call.k, call.v).out
     assert call.layer is not None
     assert call.layout is not None
-    config = CaptureConfig(query_cap=128, storage_dtype="float32")
+    config = CaptureConfig(query_cap=QUERIES, storage_dtype="float32")
     generator = torch.Generator().manual_seed(0)
     sample = capture(call, target, call.layer, call.layout, None, config, seed=0, generator=generator)
     assert sample is not None
@@ -116,6 +118,29 @@ def updates(sample: ReplaySample) -> tuple[dict[str, Callable[[], object]], dict
     return runs, errors
 
 
+def products() -> tuple[Callable[[], object], float]:
+    """Make a run of an update's matrix products and nothing else, in float32, and count their operations.
+
+    Every layer of both feature networks: its output, the gradient of its weights and, but for the first, of its input.
+    Queries and keys are data, so that nothing flows back to them. Then the sums over the keys, with the two gradients
+    that the features need; what the queries read from them is less than a hundredth of the whole.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
+    hidden = 2 * FEATURES
+    for tokens in (HEADS * UPDATE_TOKENS, HEADS * QUERIES):
+        for inputs, outputs in ((WIDTH, hidden), (hidden, hidden), (hidden, FEATURES)):
+            before, after, weight = torch.ones(tokens, inputs), torch.ones(tokens, outputs), torch.ones(outputs, inputs)
+            pairs += [(before, weight.T), (after.T, before), *([(after, weight)] if inputs != WIDTH else [])]
+    features, values = torch.ones(HEADS, UPDATE_TOKENS, FEATURES), torch.ones(HEADS, UPDATE_TOKENS, WIDTH)
+    pairs += [(features.mT, values), (values, torch.ones(HEADS, WIDTH, FEATURES))]
+
+    def run() -> None:
+        for left, right in pairs:
+            torch.matmul(left, right)
+
+    return run, sum(2.0 * left.numel() * right.shape[-1] for left, right in pairs)
+
+
 def answers(call: AttentionCall) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
     """Make the answers to time, and how far they are from the student in float64."""
     exact_call = AttentionCall(
@@ -145,13 +170,20 @@ def main() -> int:
     torch.set_num_threads(1)
     first, first_errors = updates(make_sample())
     second, second_errors = answers(make_call(ANSWER_TOKENS))
+    alone, operations = products()
+    first["update, its products alone"] = alone
     times = best_milliseconds(first, rounds) | best_milliseconds(second, rounds)
     errors = first_errors | second_errors
     for name, time in times.items():
         print(f"{name:28}{time:9.1f} ms   {errors.get(name, 0.0):.2g} from float64")
+    rate = operations / times["update, its products alone"] / 1e6
+    print(
+        f"an update has {operations / 1e9:.1f} billion operations in float32 products, here {rate:.0f} billion a second"
+    )
     sdpa = times["sdpa"]
     verdicts = [
         Verdict("update, milliseconds", UPDATE_BAR, times["update, default products"]),
+        Verdict("update with float32 products, milliseconds", UPDATE_BAR, times["update, float32 products"]),
         Verdict("answer with a float32 map, times SDPA", ANSWER_BAR, times["answer, float32 map"] / sdpa),
         Verdict("answer with a bfloat16 map, times SDPA", 1.0, times["answer, bfloat16 map"] / sdpa),
     ]
@@ -159,7 +191,7 @@ def main() -> int:
         print(f"{one.what:42}{one.limit:8.2f} promised{one.measured:9.3f} measured  {'met' if one.met else 'MISSED'}")
     promised = [{"what": v.what, "limit": v.limit, "measured": v.measured, "met": v.met} for v in verdicts]
     rows = [{"what": name, "milliseconds": time, "error": errors.get(name)} for name, time in times.items()]
-    path = write("bench-students", {"rounds": rounds, "promised": promised, "rows": rows})
+    path = write("bench-students", {"rounds": rounds, "operations": operations, "promised": promised, "rows": rows})
     print(path)
     limits = {"float32": 1e-4, "default": 3e-2, "bfloat16": 3e-2}
     return int(any(error > limits[name.split(", ")[1].split()[0]] for name, error in errors.items()))

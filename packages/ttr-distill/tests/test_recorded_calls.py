@@ -8,9 +8,9 @@ import torch
 from attn_dispatch import AttentionCall, LayerKey, TokenLayout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ttr_distill.captures import MANIFEST, Captures, CaptureWriter
 from ttr_distill.checkpoint import CheckpointError
 from ttr_distill.grad import training_mode
+from ttr_distill.recorded_calls import MANIFEST, Captures, CaptureWriter
 from ttr_distill.training.capture import CaptureConfig, capture
 from ttr_distill.training.replay import ReplaySample
 
@@ -97,7 +97,7 @@ def test_other_models_and_settings_are_refused(tmp_path: Path, make_call: CallMa
 
 def test_a_newer_schema_is_named(tmp_path: Path, make_call: CallMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr("ttr_distill.captures.SCHEMA", 9)
+        newer.setattr("ttr_distill.recorded_calls.SCHEMA", 9)
         record(tmp_path, make_call, range(1))
     with pytest.raises(CheckpointError, match="has schema 9, this version reads 1"):
         Captures(tmp_path)

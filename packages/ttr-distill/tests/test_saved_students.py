@@ -10,7 +10,7 @@ from ttr_distill.checkpoint import CheckpointError, load_checkpoint, save_checkp
 from ttr_distill.saved_students import load_students, save_students
 from ttr_distill.student.backend import StudentBackend
 from ttr_distill.student.bank import StudentBank
-from ttr_distill.student.feature_maps import FeatureMaps, make_exp
+from ttr_distill.student.feature_map_catalog import FeatureMaps, make_exp
 from ttr_distill.student.presets import PRESETS, preset
 from ttr_distill.student.readiness import ReadinessConfig, ReadinessTracker
 from ttr_distill.training.capture import CaptureConfig

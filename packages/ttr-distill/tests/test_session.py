@@ -3,18 +3,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from attn_dispatch import AttentionCall, AttentionHandler, LayerKey, StepContext
 from torch import Tensor, multiprocessing
-from ttr_distill.captures import Captures
 from ttr_distill.checkpoint import CheckpointError
 from ttr_distill.distributed import World, joined
+from ttr_distill.image_gate import ImageGate
+from ttr_distill.recorded_calls import Captures
 from ttr_distill.saved_students import load_students
 from ttr_distill.session import CAPTURES, METRICS, DistillSession, SessionConfig
 from ttr_distill.student.presets import preset
+from ttr_distill.student.readiness import ReadinessConfig
 from ttr_distill.training.calibration import CalibrateConfig
 from ttr_distill.training.capture import CaptureConfig
 from ttr_distill.training.distiller import DistillConfig
@@ -37,20 +41,26 @@ class Imagined:
         self._stop_at = stop_at
         self.asked: list[tuple[str, int]] = []
 
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], handler: AttentionHandler | None = None) -> None:
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], handler: AttentionHandler | None = None
+    ) -> SimpleNamespace:
         self.asked.append((prompts[0], seeds[0]))
-        assert handler is not None
+        latent = torch.zeros(())
         with torch.inference_mode():
-            handler.begin_run()
+            if handler is not None:
+                handler.begin_run()
             try:
                 for step in range(2):
                     for layer in LAYERS:
                         if len(self.asked) == self._stop_at and step:
                             raise KeyboardInterrupt
                         call = self._make_call(97 * seeds[0] + step, layer=layer, step=StepContext(1 - step / 2))
-                        handler(call, self._native)
+                        answer = self._native(call) if handler is None else handler(call, self._native)
+                        latent = latent + answer
             finally:
-                handler.end_run()
+                if handler is not None:
+                    handler.end_run()
+        return SimpleNamespace(latent=latent)
 
 
 def rows(folder: Path) -> list[dict[str, object]]:
@@ -146,6 +156,46 @@ def test_other_settings_and_models_are_refused(tmp_path: Path, make_call: CallMa
     for bad in ({"images": 0}, {"save_every": 0}, {"calibrate": CalibrateConfig(), "sharing": "images"}):
         with pytest.raises(ValueError, match=r"at least 1|layer by layer"):
             SessionConfig(STUDENT, **bad)  # type: ignore[arg-type]
+
+
+def test_images_are_measured_when_all_is_learned(tmp_path: Path, make_call: CallMaker, native: Native) -> None:
+    levels: dict[float, set[str]] = {}
+    for limit in (10.0, 1e-9):
+        sampler = Imagined(make_call, native)
+        config = config_of(6, image_gate=ImageGate(limit, prompts=("c",)))
+        folder = tmp_path / str(limit)
+        # Every distance is near enough, so that the images decide.
+        session = DistillSession(folder, sampler, ["a", "b"], config, fingerprint="f")
+        loose = ReadinessConfig(10.0, 10.0, minimum_updates=1, image_limit=limit)
+        session.readiness.config = loose
+        session.run()
+        drawn = sampler.asked[6:]
+        assert set(drawn) == {("c", 11), ("c", 12)}, "seeds that nothing was learned from"
+        assert drawn[:4] == [("c", 11), ("c", 12)] * 2, "once exactly, once with all students"
+        saved = load_students(folder / "students", fingerprint="f", readiness=replace(loose, image_limit=None))
+        levels[limit] = {saved.readiness.level(layer) for layer in LAYERS}
+        assert all(saved.readiness[layer].image_limit == limit for layer in LAYERS)
+        assert all(saved.readiness.distance_level(layer) == "ready" for layer in LAYERS)
+        reopened = DistillSession(folder, sampler, ["a", "b"], config, fingerprint="f")
+        assert reopened.readiness.config.image_limit == limit
+    assert levels == {10.0: {"ready"}, 1e-9: {"unready"}}
+
+
+def test_memory_is_asked_for_before_every_image_and_never_within(
+    tmp_path: Path, make_call: CallMaker, native: Native
+) -> None:
+    sampler = Imagined(make_call, native)
+    asked: list[tuple[int, int]] = []
+
+    def reserve(needed: int) -> None:
+        asked.append((len(sampler.asked), needed))
+
+    session = DistillSession(tmp_path, sampler, ["a"], config_of(4), fingerprint="f", reserve=reserve)
+    session.run()
+    assert [images for images, _ in asked] == [0, 1, 2, 3]
+    assert all(needed > 0 for _, needed in asked)
+    assert asked[-1][1] == session.distiller.memory_bytes
+    assert asked[0][1] > asked[1][1] == asked[3][1], "the size of a call is known after the first image"
 
 
 def one_process(rank: int, folder: Path, sharing: str, make_call: CallMaker, native: Native) -> None:

@@ -13,10 +13,11 @@ from attn_dispatch import LayerKey
 from attn_dispatch.adapters.comfyui import install
 from attn_dispatch.adapters.comfyui_fake import FakeFlux, FakeGuider, FakeModelPatcher
 from attn_dispatch.adapters.comfyui_layout import LAYOUTS
+from attn_dispatch.adapters.comfyui_tiny import tiny_patcher
 from attn_kernels import TokenGrid
 from torch import Tensor
 
-HEADS, DOUBLE, SINGLE = 2, 2, 3
+DOUBLE, SINGLE = 2, 3
 
 
 class Host(Protocol):
@@ -63,20 +64,29 @@ def _randn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+class OldFlux(FakeFlux):
+    """As older releases have it: no names, but blocks that a node can replace."""
+
+    def __init__(self, *, seed: int = 0) -> None:
+        super().__init__(seed=seed, named=False)
+        self.double_blocks, self.single_blocks = self.tiny.transformer_blocks, self.tiny.single_transformer_blocks
+
+
 class FakeHost:
-    name = "fake"
     words = 5
     sizes = ((9, 12), (6, 7))
     grids = ((5, 6), (3, 4))
 
-    def __init__(self, *, named: bool = True) -> None:
+    def __init__(self, *, named: bool = True, old: bool = False) -> None:
+        self.name = "fake old" if old else "fake"
         self.named = named
+        self.old = old
 
     def model(self, seed: int = 0) -> FakeModelPatcher:
-        return FakeModelPatcher(FakeFlux(seed=seed, named=self.named))
+        return FakeModelPatcher(OldFlux(seed=seed) if self.old else FakeFlux(seed=seed, named=self.named))
 
     def install(self, patcher: Any, handler: Any, **keywords: Any) -> Any:
-        readers = MappingProxyType({**LAYOUTS, "FakeFlux": LAYOUTS["Flux"]})
+        readers = MappingProxyType({**LAYOUTS, **dict.fromkeys(("FakeFlux", "OldFlux"), LAYOUTS["Flux"])})
         return install(patcher, handler, layouts=readers, **keywords)
 
     def sample(
@@ -103,21 +113,6 @@ class FakeHost:
         return FakeFlux().attention
 
 
-FLUX = {
-    "flux": {
-        "image_model": "flux", "axes_dim": [16, 56, 56], "theta": 10000, "mlp_ratio": 4.0, "patch_size": 2,
-        "in_channels": 16, "out_channels": 16, "qkv_bias": True, "guidance_embed": True, "vec_in_dim": 64,
-        "txt_ids_dims": [],
-    },
-    "flux2": {
-        "image_model": "flux2", "axes_dim": [32, 32, 32, 32], "theta": 2000, "mlp_ratio": 3.0, "patch_size": 1,
-        "in_channels": 128, "out_channels": 128, "qkv_bias": False, "guidance_embed": True, "vec_in_dim": None,
-        "txt_ids_dims": [3], "global_modulation": True, "mlp_silu_act": True, "ops_bias": False,
-        "default_ref_method": "index", "ref_index_scale": 10.0,
-    },
-}  # fmt: skip
-
-
 def prepare_comfyui() -> None:
     """Make the checkout importable, on the CPU and with the attention that it has on GPUs; skip without one."""
     checkout = os.environ.get("COMFYUI_PATH", "")
@@ -135,7 +130,6 @@ class RealHost:
     """A ComfyUI checkout with a tiny random Flux or Flux2."""
 
     def __init__(self, variant: str) -> None:
-        import comfy.ldm.flux.model as flux_model
         import comfy.ldm.modules.attention as attention
         import comfy.supported_models as supported
 
@@ -146,36 +140,11 @@ class RealHost:
         self.words = 512 if variant == "flux2" else 7
         self.channels, self.sizes = (128, ((5, 6), (4, 3))) if variant == "flux2" else (16, ((9, 12), (6, 7)))
         self.grids = self.sizes if variant == "flux2" else ((5, 6), (3, 4))
-        self.named = "block_type" in flux_model.Flux.forward_orig.__code__.co_consts
+        self.named = True
         self._attention = attention.optimized_attention
 
     def model(self, seed: int = 0) -> Any:
-        import dataclasses
-
-        import comfy.ldm.flux.model as flux_model
-        import comfy.model_management
-        import comfy.model_patcher
-        import comfy.supported_models
-
-        known = {field.name for field in dataclasses.fields(flux_model.FluxParams)} | {"image_model"}
-        sizes = {"num_heads": HEADS, "hidden_size": HEADS * 128, "context_in_dim": 64, "depth": DOUBLE}
-        given = {**FLUX[self.variant], **sizes, "depth_single_blocks": SINGLE}
-        kind = comfy.supported_models.Flux if self.variant == "flux" else comfy.supported_models.Flux2
-        config = kind({name: value for name, value in given.items() if name in known})
-        config.set_inference_dtype(torch.float32, None)
-        model = config.get_model({}, "")
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, weight in model.diffusion_model.named_parameters():
-                if "_norm" in name:
-                    weight.fill_(1.2)
-                elif weight.ndim >= 2:
-                    weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
-                else:
-                    weight.fill_(0.1)
-        patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-        device = comfy.model_management.get_torch_device()
-        return patcher(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
+        return tiny_patcher(self.variant, seed, double=DOUBLE, single=SINGLE)
 
     def install(self, patcher: Any, handler: Any, **keywords: Any) -> Any:
         return install(patcher, handler, **keywords)
@@ -217,12 +186,13 @@ class RealHost:
 @pytest.fixture(
     params=[
         "fake",
+        "fake old",
         pytest.param("flux", marks=pytest.mark.comfyui),
         pytest.param("flux2", marks=pytest.mark.comfyui),
     ]
 )
 def host(request: pytest.FixtureRequest) -> Host:
-    if request.param == "fake":
-        return FakeHost()
+    if request.param.startswith("fake"):
+        return FakeHost(old=request.param == "fake old")
     prepare_comfyui()
     return RealHost(request.param)

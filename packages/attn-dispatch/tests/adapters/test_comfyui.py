@@ -284,6 +284,8 @@ def test_native_answers_changed_calls(host: Host) -> None:
 
 
 def test_compiled_models_stay_right(host: Host) -> None:
+    if host.name == "fake old":
+        pytest.skip("the other stand-in is compiled, and where there is one, a ComfyUI of that age")
     model = host.model()
     plain = host.sample(model)
     router = AttentionRouter([Route(HalfKeys(), (LayerRange(1, 1, "single"),))])

@@ -21,30 +21,37 @@ class Interrupted(Exception):
     """The stop button of the stand-in; in older releases of the host it is an ordinary exception too."""
 
 
-class Flux(FakeFlux):
-    """The stand-in's network with the names that tell ComfyUI's Flux family."""
+class OldFlux(FakeFlux):
+    """The stand-in's network with the names that tell ComfyUI's Flux family, as older releases have it.
+
+    They do not name blocks, but let a node replace them.
+    """
 
     def __init__(self, *, seed: int = 0) -> None:
-        super().__init__(seed=seed)
+        super().__init__(seed=seed, named=False)
         self.double_blocks, self.single_blocks = self.tiny.transformer_blocks, self.tiny.single_transformer_blocks
         attention = self.tiny.transformer_blocks[0].attn
         self.num_heads, self.hidden_size = attention.heads, attention.heads * attention.head_dim
+
+
+OldFlux.__name__ = "Flux"
+
+
+class Flux(OldFlux):
+    """As newer releases have it."""
 
     def _name(self, options: dict[str, Any], kind: str, index: int) -> None:
         options["block_type"] = kind
         options["block_index"] = index
 
 
-class NamelessFlux(FakeFlux):
-    """Has blocks and does not name them."""
+class NamelessFlux(torch.nn.Module):
+    """Has blocks, does not name them, and nobody can."""
 
     def __init__(self) -> None:
-        super().__init__(named=False)
-        self.double_blocks, self.single_blocks = self.tiny.transformer_blocks, self.tiny.single_transformer_blocks
+        super().__init__()
+        self.double_blocks, self.single_blocks = torch.nn.ModuleList(), torch.nn.ModuleList()
         self.num_heads, self.hidden_size = 2, 32
-
-    def _name(self, options: dict[str, Any], kind: str, index: int) -> None:
-        """Say nothing."""
 
 
 class Patcher(FakeModelPatcher):
@@ -205,6 +212,9 @@ class FakeStudio(_Shared):
     def model(self, seed: int = 0) -> Any:
         return Patcher(Flux(seed=seed))
 
+    def old_model(self) -> Any:
+        return Patcher(OldFlux())
+
     def nameless(self) -> Any:
         return Patcher(NamelessFlux())
 
@@ -299,8 +309,6 @@ def _real(monkeypatch: pytest.MonkeyPatch, folder: Path) -> RealStudio:
 
     if not hasattr(comfy.supported_models, "Flux2"):
         pytest.skip("this ComfyUI has no Flux2")
-    if '"block_type"' not in Path(checkout, "comfy/ldm/flux/model.py").read_text(encoding="utf-8"):
-        pytest.skip("this ComfyUI does not name the blocks of Flux")
     monkeypatch.setattr(folder_paths, "models_dir", str(folder / "models"))
     return RealStudio()
 

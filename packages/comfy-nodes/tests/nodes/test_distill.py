@@ -59,6 +59,18 @@ def test_training_then_serving(studio: Any, models: Path) -> None:
     assert _handler(some).report.counts()["student"] == 4
 
 
+def test_an_older_host_names_no_blocks_and_its_students_learn_and_serve_all_the_same(fake_studio: Any) -> None:
+    old, new = fake_studio.old_model(), fake_studio.model()
+    exact = fake_studio.sample(old)
+    for model in (old, new):
+        trainer = _train(fake_studio, model, blocks="all")
+        assert torch.equal(fake_studio.sample(trainer), exact)
+        served, _ = _serve(fake_studio, model, readiness_threshold=9.9)
+        fake_studio.sample(served)
+        answered = {str(row.layer) for row in _handler(served).report.rows() if row.ran == "student"}
+        assert answered == {"double:0", "double:1", "single:0", "single:1", "single:2"}
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -1,6 +1,5 @@
 """Distillation and controller in a running ComfyUI, through its own KSampler and its stop button."""
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -29,23 +28,15 @@ TRAINER = {
 }  # fmt: skip
 
 
-def _names_blocks() -> bool:
-    source = Path(os.environ.get("COMFYUI_PATH", ""), "comfy/ldm/flux/model.py")
-    return source.is_file() and '"block_type"' in source.read_text(encoding="utf-8")
-
-
-needs_names = pytest.mark.skipif(not _names_blocks(), reason="this ComfyUI does not name the blocks of Flux")
-
-
 def _sampler(model: str, seed: int = 1, steps: int = 2) -> tuple[str, dict[str, Any]]:
     inputs = {"model": [model, 0], "positive": ["flux", 1], "negative": ["flux", 2], "latent_image": ["flux", 3]}
     inputs |= {"seed": seed, "steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     return "KSampler", inputs
 
 
-def _flow(**trainer: Any) -> dict[str, Any]:
+def _flow(comfyui: Any, **trainer: Any) -> dict[str, Any]:
     return {
-        "flux": ("TestFlux", {"variant": "flux2", "size": 256}),
+        "flux": ("TestFlux", {"variant": comfyui.newest, "size": 256}),
         "exact": _sampler("flux"),
         "ttr": ("Flux2TTRTrainer", {**TRAINER, **trainer}),
         "sampled": _sampler("ttr"),
@@ -53,10 +44,9 @@ def _flow(**trainer: Any) -> dict[str, Any]:
     }
 
 
-@needs_names
 def test_phase_one_inference_and_controller(comfyui: Any) -> None:
     """The whole way, as a user walks it: two samplings train, students serve, a controller learns and is used."""
-    flow = _flow()
+    flow = _flow(comfyui)
     flow["second"] = _sampler("ttr", seed=2)
     flow["exact second"] = _sampler("flux", seed=2)
     flow["compare second"] = ("TestCompare", {"a": ["exact second", 0], "b": ["second", 0]})
@@ -65,7 +55,7 @@ def test_phase_one_inference_and_controller(comfyui: Any) -> None:
     folder = Path(comfyui.base, "models/approximate_attention/students")
     assert (folder / "LATEST").is_file()
     assert (folder / "metrics.jsonl").is_file()
-    outputs = comfyui.run(_flow(training=False) | {"loss": ("PreviewAny", {"source": ["ttr", 1]})})
+    outputs = comfyui.run(_flow(comfyui, training=False) | {"loss": ("PreviewAny", {"source": ["ttr", 1]})})
     assert 0.0 < outputs["compare"]["relative"][0] < 0.2, "students answered"
     assert float(outputs["loss"]["text"][0]) != 0.0
     learn = {
@@ -78,7 +68,7 @@ def test_phase_one_inference_and_controller(comfyui: Any) -> None:
         "model": ["flux", 0], "ttr_checkpoint_path": "students", "controller_checkpoint_path": "", "quality_speed": 0.5,
         "policy_mode": "threshold", "policy_temperature": 1.0, "controller": ["learn", 2],
     }  # fmt: skip
-    flow = _flow(training=False) | {
+    flow = _flow(comfyui, training=False) | {
         "parameters": ("Flux2TTRTrainingParameters", PARAMETERS),
         "learn": ("Flux2TTRControllerTrainer", learn),
         "show": ("PreviewImage", {"images": ["learn", 1]}),
@@ -92,9 +82,8 @@ def test_phase_one_inference_and_controller(comfyui: Any) -> None:
     assert "student" in outputs["report"]["text"][0]
 
 
-@needs_names
 def test_stop_button_while_training(comfyui: Any) -> None:
-    flow = _flow(checkpoint_path="stopped", student="hkr", blocks="all")
+    flow = _flow(comfyui, checkpoint_path="stopped", student="hkr", blocks="all")
     flow["sampled"] = _sampler("ttr", steps=200)
     prompt = comfyui.queue({name: flow[name] for name in ("flux", "ttr", "sampled")} | {
         "show": ("TestCompare", {"a": ["sampled", 0], "b": ["sampled", 0]})
@@ -115,22 +104,12 @@ def test_stop_button_while_training(comfyui: Any) -> None:
     assert float(trained["loss"]["text"][0]) != 0.0
 
 
-@needs_names
 def test_bad_days_are_said_on_the_node(comfyui: Any) -> None:
-    kind, message, node = comfyui.error(_flow(training=False, checkpoint_path="nowhere"))
+    kind, message, node = comfyui.error(_flow(comfyui, training=False, checkpoint_path="nowhere"))
     assert (kind, node) == ("FileNotFoundError", "ttr")
     assert "there is no checkpoint at" in message
     Path(comfyui.base, "models/approximate_attention").mkdir(parents=True, exist_ok=True)
     Path(comfyui.base, "models/approximate_attention/blocked").write_text("")
-    kind, message, node = comfyui.error(_flow(checkpoint_path="blocked/inside"))
+    kind, message, node = comfyui.error(_flow(comfyui, checkpoint_path="blocked/inside"))
     assert (kind, node) == ("ValueError", "ttr")
     assert "choose another checkpoint_path" in message
-
-
-@pytest.mark.skipif(_names_blocks(), reason="this ComfyUI names the blocks of Flux")
-def test_an_older_host_is_told(comfyui: Any) -> None:
-    flow = _flow()
-    flow["flux"] = ("TestFlux", {"variant": "flux", "size": 256})
-    kind, message, node = comfyui.error(flow)
-    assert (kind, node) == ("ValueError", "ttr")
-    assert "this ComfyUI does not name the blocks of Flux" in message

@@ -1,57 +1,26 @@
 """A node pack for tests: a tiny Flux or Flux.2 of ComfyUI's own classes with random weights, and nodes that compare."""
 
-import dataclasses
+import zlib
 from typing import Any
 
 import torch
+from attn_dispatch.adapters.comfyui_tiny import NETWORKS, TEXT_WIDTH, tiny_patcher
 from torch import Tensor
 
+WORDS = 7
 WIDTHS = {"flux": (16, 8), "flux2": (128, 16)}  # channels of the latent, pixels of one latent pixel
-TEXT, POOLED = 64, 64
-NETWORKS: dict[str, dict[str, Any]] = {
-    "flux": {
-        "image_model": "flux", "axes_dim": [16, 56, 56], "theta": 10000, "mlp_ratio": 4.0, "patch_size": 2,
-        "in_channels": 16, "out_channels": 16, "qkv_bias": True, "guidance_embed": True, "vec_in_dim": POOLED,
-        "txt_ids_dims": [],
-    },
-    "flux2": {
-        "image_model": "flux2", "axes_dim": [32, 32, 32, 32], "theta": 2000, "mlp_ratio": 3.0, "patch_size": 1,
-        "in_channels": 128, "out_channels": 128, "qkv_bias": False, "guidance_embed": True, "vec_in_dim": None,
-        "txt_ids_dims": [3], "global_modulation": True, "mlp_silu_act": True, "ops_bias": False,
-        "default_ref_method": "index", "ref_index_scale": 10.0,
-    },
-}  # fmt: skip
 
 
 def _randn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _patcher(variant: str, seed: int, double: int, single: int) -> Any:
-    import comfy.ldm.flux.model
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.supported_models
+def _extra() -> dict[str, Any]:
+    return {"guidance": 3.5, "pooled_output": _randn(9, 1, TEXT_WIDTH)}
 
-    known = {field.name for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)} | {"image_model"}
-    sizes = {"num_heads": 2, "hidden_size": 256, "context_in_dim": TEXT, "depth": double}
-    given = {**NETWORKS[variant], **sizes, "depth_single_blocks": single}
-    kind = getattr(comfy.supported_models, {"flux": "Flux", "flux2": "Flux2"}[variant])
-    config = kind({name: value for name, value in given.items() if name in known})
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.diffusion_model.named_parameters():
-            if "_norm" in name:
-                weight.fill_(1.3)
-            elif weight.ndim >= 2:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
-            else:
-                weight.fill_(0.1)
-    made = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    device = comfy.model_management.get_torch_device()
-    return made(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
+
+def _patcher(variant: str, seed: int, double: int, single: int) -> Any:
+    return tiny_patcher(variant, seed, double=double, single=single, norm=1.3)
 
 
 class LinearVAE:
@@ -106,18 +75,33 @@ class TestFlux:
         single: int = 2,
     ) -> tuple[Any, ...]:
         channels, pixels = WIDTHS[variant]
-        side, words = size // pixels, 7
-        extra: dict[str, Any] = {"guidance": 3.5, "pooled_output": _randn(9, 1, POOLED)}
+        side = size // pixels
+        extra = _extra()
         if references:
             extra["reference_latents"] = [_randn(20 + one, 1, channels, side, side) for one in range(references)]
         if masked:
             grid = side // NETWORKS[variant]["patch_size"]
-            mask = torch.zeros(1, words + grid**2, words + grid**2)
-            mask[:, :, words - 1] = -10000.0  # the last word is not seen
+            mask = torch.zeros(1, WORDS + grid**2, WORDS + grid**2)
+            mask[:, :, WORDS - 1] = -10000.0  # the last word is not seen
             extra |= {"attention_mask": mask, "attention_mask_img_shape": (grid, grid)}
-        prompts = [[[_randn(one, 1, words, TEXT), dict(extra)]] for one in (1, 2)]
+        prompts = [[[_randn(one, 1, WORDS, TEXT_WIDTH), dict(extra)]] for one in (1, 2)]
         latent = {"samples": torch.zeros(batch, channels, side, side), "downscale_ratio_spacial": pixels}
         return (_patcher(variant, seed, double, single), *prompts, latent, LinearVAE(variant))
+
+
+class TestText:
+    """Stands in for a text encoder: every text has a conditioning of its own."""
+
+    CATEGORY, FUNCTION = "test", "encode"
+    RETURN_TYPES = ("CONDITIONING",)
+    __test__ = False
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"text": ("STRING", {"multiline": True})}}
+
+    def encode(self, text: str) -> tuple[Any, ...]:
+        return ([[_randn(zlib.crc32(text.encode()), 1, WORDS, TEXT_WIDTH), _extra()]],)
 
 
 class TestCompare:
@@ -156,4 +140,4 @@ class TestShow:
         return {"ui": {"text": [str(value)]}, "result": ()}
 
 
-NODE_CLASS_MAPPINGS = {"TestFlux": TestFlux, "TestCompare": TestCompare, "TestShow": TestShow}
+NODE_CLASS_MAPPINGS = {one.__name__: one for one in (TestFlux, TestText, TestCompare, TestShow)}

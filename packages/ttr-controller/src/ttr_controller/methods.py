@@ -16,15 +16,16 @@ from torch import Tensor
 
 from ttr_controller import budget
 from ttr_controller.costs import AttentionCosts
-from ttr_controller.knapsack import bucket_errors, knapsack_scores
-from ttr_controller.layer_errors import measure_layer_errors
+from ttr_controller.knapsack import bucket_errors, knapsack_scores, layer_threshold_scores
+from ttr_controller.layer_errors import LayerErrorMeter, measure_layer_errors
+from ttr_controller.pairs import measure_pairs, pair_evaluations
 from ttr_controller.policy import PolicyConfig, RoutingPolicy
 from ttr_controller.probe import flip_evaluations, flip_scores, velocity_error_probe
 from ttr_controller.relaxed import RelaxedConfig, RelaxedTrainer
 from ttr_controller.rollout import GradientModel, Sampler, SamplerPath
 from ttr_controller.trainer import ControllerConfig, ControllerTrainer
 
-METHODS = ("relaxed", "reinforce", "flips", "probe", "budget")
+METHODS = ("pairs", "relaxed", "reinforce", "flips", "probe", "budget")
 """Names of the learners that a user can choose, the default first: it did best on held-out images at equal cost.
 
 ``"budget"`` weighs distillation error against cost by a knapsack and learns nothing.
@@ -51,15 +52,25 @@ class Ranking:
     rollouts: float
 
 
-def rank_by_layer_error(sampler: Sampler, images: Images, backend: Backend) -> tuple[Ranking, Ranking]:
-    """Rank by the students' distance from the teacher's attention: by layer alone, and by layer and noise level."""
-    meter = measure_layer_errors(sampler, *images, backend)
-    errors = meter.errors()
-    layers = errors.square().mean(dim=0).sqrt().expand(errors.shape).clone()
-    return Ranking("layer error", layers, 0.0), Ranking("budget", errors, 0.0)
+def rank_by_layer_error(
+    sampler: Sampler, images: Images, backend: Backend, *, meter: LayerErrorMeter | None = None
+) -> Ranking:
+    """Rank layers, the same in every step, by the students' distance from the teacher's attention.
+
+    Args:
+        sampler: Makes images.
+        images: On whose exact sampling the distances are measured.
+        backend: The students.
+        meter: What was measured on them, where the caller has it.
+    """
+    errors = (meter or measure_layer_errors(sampler, *images, backend)).errors()
+    by_layer = errors.square().mean(dim=0).sqrt()
+    return Ranking("layer error", layer_threshold_scores(by_layer, errors.shape[0]), 0.0)
 
 
-def rank_by_budget(sampler: Sampler, images: Images, backend: Backend, costs: AttentionCosts) -> Ranking:
+def rank_by_budget(
+    sampler: Sampler, images: Images, backend: Backend, costs: AttentionCosts, *, meter: LayerErrorMeter | None = None
+) -> Ranking:
     """Rank by the knapsacks over the students' distance from the teacher's attention and the cost of either.
 
     Args:
@@ -67,8 +78,9 @@ def rank_by_budget(sampler: Sampler, images: Images, backend: Backend, costs: At
         images: On whose exact sampling the distances are measured.
         backend: The students.
         costs: Of full attention and of the students, measured or modelled.
+        meter: What was measured on them, where the caller has it.
     """
-    meter = measure_layer_errors(sampler, *images, backend)
+    meter = meter or measure_layer_errors(sampler, *images, backend)
     errors = meter.errors()
     if len(meter.sigmas) > SIGMA_BUCKETS:
         errors = bucket_errors(meter.sigmas, meter.sigmas, errors, SIGMA_BUCKETS)
@@ -105,6 +117,43 @@ def rank_by_flips(
     )
     steps, layers = scores.shape
     return Ranking("flips", scores, len(images[0]) * flip_evaluations(steps, layers, every) / steps)
+
+
+def rank_by_pairs(
+    model: GradientModel,
+    images: Images,
+    backend: Backend,
+    shares: Sequence[float],
+    *,
+    eligible: Tensor | None = None,
+    path: SamplerPath | None = None,
+    on_evaluation: Callable[[], None] | None = None,
+) -> Ranking:
+    """Rank by how student slots add up in the final latent, measured around the first slots full.
+
+    Args:
+        model: Sampler whose single steps can be asked for.
+        images: Training images, all of which are sampled with every slot's change.
+        backend: The students.
+        shares: Shares of full attention that the ranking shall serve; the one in the middle is measured around.
+        eligible: ``[L]`` bool; ``None``: all layers.
+        path: The exact trajectory of the images where the caller has it.
+        on_evaluation: Called once per model evaluation of the batch.
+
+    Raises:
+        ValueError: No share is given, or a share does not lie between 0 and 1.
+    """
+    if not shares or not all(0.0 <= share <= 1.0 for share in shares):
+        raise ValueError(f"shares between 0 and 1 must be given, got {tuple(shares)}")
+    path = path or model.trajectory(*images)
+    steps, layers = path.sigmas.shape[0] - 1, len(model.layers)
+    able = layers if eligible is None else int(eligible.sum())
+    counts = sorted({round(share * steps * able) for share in shares})
+    middle = counts.pop(len(counts) // 2)
+    centre = budget.first_steps_full(steps, layers, middle, eligible=eligible)
+    errors = measure_pairs(model, *images, backend, centre, eligible=eligible, path=path, on_evaluation=on_evaluation)
+    rollouts = len(images[0]) * pair_evaluations(steps, able) / steps
+    return Ranking("pairs", errors.scores([middle, *counts]), rollouts)
 
 
 def rank_by_relaxed_gates(

@@ -9,11 +9,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from ttr_controller.cli.app import main
-from ttr_controller.cli.distilling import SessionOptions, open_session, read_prompts, show_students
+from ttr_controller.cli.distill_options import SessionOptions
+from ttr_controller.cli.distilling import open_session, read_prompts, show_students
 from ttr_controller.pipeline.settings import RunError
-from ttr_distill.captures import Captures
 from ttr_distill.checkpoint import CheckpointError
 from ttr_distill.distributed import World
+from ttr_distill.recorded_calls import Captures
 from ttr_distill.saved_students import load_students
 
 pytest.importorskip("diffusers")
@@ -61,6 +62,23 @@ def test_a_recording_is_learned_from(tmp_path: Path) -> None:
     assert {row["run"] for row in rows(tmp_path / "out")} == {1, 2}
 
 
+def test_images_are_measured_where_a_gate_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # 26 calls are measured in every layer, more than a student needs to be ready.
+    command = ("distill", "--out", tmp_path, "--images", 13, "--train-steps", 0, "--reserve-memory", *TINY)
+    for limit in ("1e-9", "10"):
+        assert ttr(*command, "--image-gate", limit) == 0, "the second finds a finished session and only measures"
+        found = load_students(tmp_path / "students", fingerprint=None)
+        close = {layer for layer in found.bank.layers if found.readiness.distance_level(layer) != "unready"}
+        assert len(close) > 1
+        errors = {found.readiness[layer].image_error for layer in close}
+        assert all(error is not None and 1e-9 < error < 1.0 for error in errors)
+        served = {layer for layer in found.bank.layers if found.readiness.level(layer) != "unready"}
+        assert served == (close if limit == "10" else set())
+        shown = capsys.readouterr().out
+        assert ("0 of 6 layers ready" in shown) == (limit == "1e-9")
+    assert len(rows(tmp_path)) == 13 * 6
+
+
 def test_what_a_user_can_mend_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     (tmp_path / "list.json").write_text('{"a": 1}')
@@ -76,6 +94,7 @@ def test_what_a_user_can_mend_is_one_line(tmp_path: Path, capsys: pytest.Capture
         (("--images", 1, "--budget", 1), "--budget is for the quickstart's own run"),
         (("--images", 1, "--learning-rate", -1), "learning_rate must be positive"),
         (("--calibrate", 1, "--sharing", "images"), "layer by layer"),
+        (("--image-gate", 0), "the limit of an image gate must be positive"),
         (("--model", tmp_path / "none"), "there is no model at"),
         (("--student", "nonsense"), "unknown preset 'nonsense'"),
     ):
@@ -84,14 +103,6 @@ def test_what_a_user_can_mend_is_one_line(tmp_path: Path, capsys: pytest.Capture
         assert message in said, words
         assert len(said.strip().splitlines()) == 1, said
     assert not out.exists()
-
-
-def test_options_select_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert not SessionOptions().any
-    assert SessionOptions(calibrate=1).any
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert SessionOptions().any
 
 
 def test_prompts_are_lines_or_a_list(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from ttr_controller.pipeline.settings import QuickstartSettings
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--method", "magic"), "ttr: unknown method 'magic'; choose one of auto, relaxed"),
+        (("--method", "magic"), "ttr: unknown method 'magic'; choose one of auto, pairs"),
         (("--method", "flips"), "has no distillation yet"),
         (("--rollouts", "-3"), "Invalid value for '--rollouts'"),
     ],
@@ -29,4 +29,4 @@ def test_what_cannot_be_done_is_one_clear_line(tmp_path, capsys, words, said):
 
 def test_the_default_is_the_method_that_did_best():
     default = inspect.signature(running.train_controller).parameters["method"].default
-    assert default == METHODS[0] == "relaxed"
+    assert default == METHODS[0] == "pairs"

@@ -16,6 +16,8 @@ from ttr_controller.pipeline.run_directory import RunDirectory
 from ttr_controller.pipeline.serving import draw
 from ttr_controller.pipeline.settings import QuickstartSettings, RunError
 from ttr_controller.pipeline.workbench import Workbench
+from ttr_controller.report import plots
+from ttr_controller.report.results import load_results
 from ttr_distill.distributed import joined
 from ttr_distill.metrics import QueuedSink
 from ttr_distill.saved_students import load_students, save_students
@@ -42,6 +44,15 @@ def test_every_method_leaves_a_controller_that_serves(run, method):
     for count in (0, slots // 3, slots):
         assert int(learned.mask(count).sum()) == count
     assert len(section["heatmap"]["full_probability"]) == SMALL.steps
+    shown = {"layer error", "budget", "probe"} | ({"flips"} if method == "relaxed" else {method})
+    assert set(learned.rankings) == shown - {"reinforce"}
+    curve = section["curve"]
+    assert len(curve) == 2 + {"relaxed": 1, "reinforce": 2}.get(method, 0)
+    assert [point["rollouts"] for point in curve] == sorted(point["rollouts"] for point in curve)
+    assert curve[0]["rollouts"] == 0
+    assert all(point["quality"] > 0 for point in curve[2:]), "the loss of every update"
+    assert 0 < curve[-1]["validation"] <= curve[1]["validation"], "the best is kept"
+    assert plots.learning_plot(load_results(run.path).controller, [("validation_error", "x")], "y") is not None
 
 
 def test_another_method_learns_anew_and_the_same_one_does_not(run, monkeypatch):
@@ -136,7 +147,7 @@ def test_two_processes_share_the_images_and_leave_one_controller(run, tmp_path, 
 
 
 def test_unknown_methods_and_amounts_are_refused(run):
-    with pytest.raises(RunError, match="choose one of auto, relaxed"):
+    with pytest.raises(RunError, match="choose one of auto, pairs"):
         run_controller(run, "magic")
     with pytest.raises(RunError, match="rollouts must be >= 0"):
         Learning("relaxed", -1)

@@ -36,12 +36,12 @@ def test_a_missing_gpu_is_said() -> None:
 
 def _predicted_minutes(settings: QuickstartSettings, plan: Plan, forward: float, student: float) -> float:
     """Time of the amounts, counted independently of how they were chosen."""
-    images = plan.distill_images + plan.fidelity_prompts + plan.compare_prompts * (1 + 2 * plan.levels)
-    judged = (3 + 4 * plan.levels) * plan.validation_prompts
-    student_images = plan.rollouts + judged + plan.compare_prompts * (1 + 3 * plan.levels)
+    images = plan.distill_images + plan.fidelity_prompts + plan.compare_prompts * (1 + 4 * plan.levels)
+    judged = (4 + 5 * plan.levels) * plan.validation_prompts
+    student_images = plan.rollouts + judged + plan.compare_prompts * (1 + 5 * plan.levels)
     slots = settings.steps * 6
-    flips = plan.probe_prompts * slots * (2 * student + settings.steps / 4 * forward)
-    return (settings.steps * (images * forward + student_images * student) + flips) / 60
+    pairs = plan.probe_prompts * slots * (1 + (settings.steps + 1) / 2) * student
+    return (settings.steps * (images * forward + student_images * student) + pairs) / 60
 
 
 @pytest.mark.parametrize("forward", [0.05, 0.1, 0.3])

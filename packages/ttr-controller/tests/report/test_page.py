@@ -132,6 +132,16 @@ def test_size_with_pictures_of_128_pixels(data: dict[str, Any], make_run: Make) 
     assert 2_000_000 < len(text) < 3_000_000
 
 
+def test_the_front_names_the_methods_that_were_not_run_and_why(data: dict[str, Any], make_run: Make) -> None:
+    _, page = report(make_run(data))
+    assert "not run" not in page.words
+    why = "96 rollouts each, about 5 min on this machine"
+    data["pareto"]["not_run"] = {"relaxed": why, "reinforce": why}
+    _, page = report(make_run(data))
+    assert "not run: relaxed, reinforce" in page.words
+    assert f"({why})" in page.words
+
+
 @pytest.mark.parametrize(
     ("phase", "said"),
     [

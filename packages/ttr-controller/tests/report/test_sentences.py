@@ -150,6 +150,22 @@ def test_reward_that_did_not_rise(data: dict[str, Any], load: Make) -> None:
     assert str(sentences.learning_sentence(controller)).startswith("The reward did not rise")
 
 
+def test_a_method_without_rewards_says_what_became_of_the_validation_error(data: dict[str, Any], load: Make) -> None:
+    data["controller"]["curve"] = [{"rollouts": 0, "validation": 0.2}, {"rollouts": 28, "validation": 0.15}]
+    controller = load(data).controller
+    assert controller is not None
+    said = plain(str(sentences.learning_sentence(controller)))
+    assert said == "The error on the validation prompts fell: 0.200 with the first steps full, 0.150 after 28 rollouts."
+    data["controller"]["curve"][1]["validation"] = 0.2
+    controller = load(data).controller
+    assert controller is not None
+    assert "did not fall" in str(sentences.learning_sentence(controller))
+    data["controller"]["curve"].pop()
+    controller = load(data).controller
+    assert controller is not None
+    assert sentences.learning_sentence(controller) is None
+
+
 def test_what_was_learnt_and_is_used(data: dict[str, Any], load: Make) -> None:
     distillation = load(data).distillation
     assert distillation is not None

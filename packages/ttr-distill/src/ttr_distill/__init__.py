@@ -2,6 +2,7 @@
 
 from ttr_distill.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from ttr_distill.embeddings import ScalarSinusoidalEmbedding
+from ttr_distill.image_gate import ImageGate, gate_on_images
 from ttr_distill.legacy import LegacyStudents, read_legacy_students, write_legacy_students
 from ttr_distill.metrics import JsonlSink, MetricSink, QueuedSink, open_sinks
 from ttr_distill.saved_students import SavedStudents, load_students, save_students
@@ -31,6 +32,7 @@ __all__ = [
     "Distiller",
     "FeatureMaps",
     "HkrConfig",
+    "ImageGate",
     "JointConfig",
     "JsonlSink",
     "LegacyStudents",
@@ -47,6 +49,7 @@ __all__ = [
     "StudentConfig",
     "UpdateConfig",
     "build_student",
+    "gate_on_images",
     "load_checkpoint",
     "load_students",
     "open_sinks",

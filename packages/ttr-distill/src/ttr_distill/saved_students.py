@@ -12,7 +12,7 @@ from ttr_distill.checkpoint import Checkpoint, CheckpointError, check_keys, load
 from ttr_distill.grad import training_mode
 from ttr_distill.student.attention import StudentAttention
 from ttr_distill.student.bank import StudentBank
-from ttr_distill.student.feature_maps import FeatureMaps
+from ttr_distill.student.feature_map_catalog import FeatureMaps
 from ttr_distill.student.presets import StudentConfig, build_student
 from ttr_distill.student.readiness import ReadinessConfig, ReadinessTracker
 from ttr_distill.training.distiller import Distiller

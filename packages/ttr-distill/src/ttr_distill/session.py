@@ -15,16 +15,18 @@ from typing import Protocol
 
 import torch
 from attn_dispatch import AttentionHandler, LayerKey
+from torch import Tensor
 
-from ttr_distill.captures import Captures, CaptureWriter
 from ttr_distill.checkpoint import CheckpointError
 from ttr_distill.distributed import Sharing, Team, World, own_layers
 from ttr_distill.files import write_atomically
+from ttr_distill.image_gate import ImageGate, gate_on_images
 from ttr_distill.metrics import MetricSink, QueuedSink, open_sinks
+from ttr_distill.recorded_calls import Captures, CaptureWriter
 from ttr_distill.saved_students import load_students, save_students
 from ttr_distill.student.bank import StudentBank
 from ttr_distill.student.presets import StudentConfig
-from ttr_distill.student.readiness import ReadinessTracker
+from ttr_distill.student.readiness import ReadinessConfig, ReadinessTracker
 from ttr_distill.training.calibration import CalibrateConfig, calibrate, heldout_samples
 from ttr_distill.training.distiller import DistillConfig, Distiller
 from ttr_distill.training.recorder import CaptureRecorder
@@ -33,6 +35,15 @@ STUDENTS = "students"
 CAPTURES = "captures"
 METRICS = "distill.jsonl"
 FACTS = "session.json"
+
+
+class DrawnImages(Protocol):
+    """Images as a sampler returns them."""
+
+    @property
+    def latent(self) -> Tensor:
+        """``[B, ...]`` after the last step."""
+        ...
 
 
 class ImageSampler(Protocol):
@@ -53,7 +64,9 @@ class ImageSampler(Protocol):
         """Width of a head."""
         ...
 
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], handler: AttentionHandler | None = None) -> object:
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], handler: AttentionHandler | None = None
+    ) -> DrawnImages:
         """Draw one image per prompt; with a handler every attention goes through it."""
         ...
 
@@ -71,6 +84,8 @@ class SessionConfig:
         include_replay: Save the replay too, so that an interrupted session goes on with the same numbers.
         calibrate: Record all calls first and learn from the recording, so often; ``None`` = learn while sampling.
         sharing: What processes started by ``torchrun`` divide among them.
+        image_gate: Draw images that were not learned from, with the students and without, and keep back those that
+            change them too much; ``None`` = readiness by held-out distances alone.
     """
 
     student: StudentConfig
@@ -81,6 +96,7 @@ class SessionConfig:
     include_replay: bool = True
     calibrate: CalibrateConfig | None = None
     sharing: Sharing = "layers"
+    image_gate: ImageGate | None = None
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.save_every < 1:
@@ -103,6 +119,8 @@ class DistillSession:
         sinks: Get the metric rows beside the file.
         trackers: Get them too, and are closed when the run ends.
         device: Where the students are.
+        reserve: Asked before every image for the device memory that training is estimated to need, in bytes; ``None`` =
+            nobody. See ``reserve_device_memory``.
 
     Raises:
         CheckpointError: The folder holds another session, or a damaged one.
@@ -121,6 +139,7 @@ class DistillSession:
         sinks: Sequence[MetricSink] = (),
         trackers: Sequence[QueuedSink] = (),
         device: torch.device | str = "cpu",
+        reserve: Callable[[int], None] | None = None,
     ) -> None:
         if not prompts:
             raise ValueError("a session needs at least one prompt")
@@ -132,6 +151,7 @@ class DistillSession:
         self._fingerprint = fingerprint
         self._sinks = tuple(sinks)
         self._trackers = tuple(trackers)
+        self._reserve = reserve
         self._about = {
             "fingerprint": fingerprint,
             "student": _json(config.student.to_dict()),
@@ -177,6 +197,8 @@ class DistillSession:
         rounds = -(-self.config.images // parts)
         for done in range(self.distiller.runs, rounds):
             image = done * parts + (self.world.rank if parts > 1 else 0)
+            if self._reserve is not None:
+                self._reserve(self.distiller.memory_bytes)
             self._sample(image % self.config.images, self.distiller)
             self.distiller.raise_pending()
             team.end_round()
@@ -223,8 +245,22 @@ class DistillSession:
             # What each process decided about its layers reaches the one that saves.
             kept = {layer: learned for part in self.world.gather(kept) for layer, learned in part.items()}
             Team(self.world, self.distiller).collect()
+        if self.config.image_gate is not None and self.world.main:
+            self._measure_images(self.config.image_gate)
         self._save(include_replay=False)
         return kept
+
+    def _measure_images(self, gate: ImageGate) -> None:
+        prompts = gate.prompts or self._prompts
+        shown = [prompts[index % len(prompts)] for index in range(gate.images)]
+        # The first seeds that no image learned from has.
+        seeds = [self.config.seed + self.config.images + index for index in range(gate.images)]
+
+        def draw(handler: AttentionHandler | None) -> Tensor:
+            drawn = [self._sampler.sample([prompt], [seed], handler) for prompt, seed in zip(shown, seeds, strict=True)]
+            return torch.cat([one.latent for one in drawn])
+
+        gate_on_images(self.bank, self.readiness, draw)
 
     def _sample(self, image: int, handler: AttentionHandler) -> None:
         prompt = self._prompts[image % len(self._prompts)]
@@ -244,15 +280,19 @@ class DistillSession:
 
     def _open(self, device: torch.device | str) -> tuple[StudentBank, ReadinessTracker, Distiller]:
         config, sampler = self.config, self._sampler
+        gate = config.image_gate
+        judged = ReadinessConfig(image_limit=None if gate is None else gate.limit)
         saved = None
         if self.students.exists():
-            saved = load_students(self.students, fingerprint=self._fingerprint, device=device, training=True)
+            saved = load_students(
+                self.students, fingerprint=self._fingerprint, readiness=judged, device=device, training=True
+            )
             bank, readiness = saved.bank, saved.readiness
         else:
             bank = StudentBank.for_layers(
                 config.student, sampler.layers, sampler.heads, sampler.width, seed=config.seed
             ).to(device)
-            readiness = ReadinessTracker()
+            readiness = ReadinessTracker(judged)
         distiller = Distiller(
             bank,
             readiness,

@@ -30,6 +30,24 @@ def make_flux() -> nn.Module:
     return model.eval()
 
 
+def make_flux_2(*, guidance_embeds: bool = True) -> nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = diffusers.Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(8, 8, 8, 8),
+            guidance_embeds=guidance_embeds,
+        )
+    return model.eval()
+
+
 def ids_of(rows: int, columns: int, *, image: float = 0.0, scale: float = 16.0) -> Tensor:
     row = (torch.arange(rows) + 0.5) * scale / rows
     column = (torch.arange(columns) + 0.5) * scale / columns
@@ -86,6 +104,12 @@ def flux() -> nn.Module:
 def new_flux() -> Callable[[], nn.Module]:
     """Makes models equal to ``flux``, for tests that change theirs."""
     return make_flux
+
+
+@pytest.fixture
+def flux_2() -> Callable[..., nn.Module]:
+    """Makes Flux 2 models with layers double:0, single:0, single:1; 2 heads of width 32."""
+    return make_flux_2
 
 
 @pytest.fixture

@@ -249,20 +249,8 @@ def test_another_model_with_such_blocks_is_served() -> None:
     assert handler.calls[0].layout == TokenLayout(17, ((0, 5),), (TokenGrid(5, 4, 3),))
 
 
-def test_flux_2_is_served(fractional_ids: IdsMaker, make_inputs: InputsMaker) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = diffusers.Flux2Transformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=2,
-            attention_head_dim=32,
-            num_attention_heads=2,
-            joint_attention_dim=24,
-            timestep_guidance_channels=16,
-            axes_dims_rope=(8, 8, 8, 8),
-            guidance_embeds=False,
-        ).eval()
+def test_flux_2_is_served(flux_2: Callable[..., nn.Module], fractional_ids: IdsMaker, make_inputs: InputsMaker) -> None:
+    model = flux_2(guidance_embeds=False)
     ids = torch.cat([fractional_ids(3, 4), torch.zeros(12, 1)], dim=1)
     inputs = make_inputs(ids=ids)
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][..., :24]

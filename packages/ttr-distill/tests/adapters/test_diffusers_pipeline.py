@@ -10,11 +10,17 @@ from attn_dispatch import StepContext, TokenLayout
 from attn_dispatch.testing import RecordingHandler
 from attn_kernels import TokenGrid
 from torch import Tensor, nn
-from ttr_distill.adapters.diffusers_pipeline import PipelineSampler, load_pipeline, model_fingerprint
+from ttr_distill.adapters.diffusers_pipeline import (
+    PipelineSampler,
+    PipelineSamples,
+    load_pipeline,
+    model_fingerprint,
+)
 from ttr_distill.student.bank import StudentBank
-from ttr_distill.student.presets import preset
+from ttr_distill.student.presets import StudentConfig, preset
 from ttr_distill.student.readiness import ReadinessTracker
 from ttr_distill.training.distiller import Distiller
+from ttr_distill.training.replay import ReplaySample
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -149,24 +155,29 @@ def test_a_fingerprint_is_of_the_weights(new_flux: Callable[[], nn.Module]) -> N
         model_fingerprint(new_flux().to("meta"))
 
 
-def test_a_flux_pipeline_is_loaded_from_a_folder_and_distilled(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    tiny_flux_pipeline(tmp_path, transformers).save_pretrained(tmp_path / "model")
-    pipeline = load_pipeline(str(tmp_path / "model"), dtype=torch.float32)
-    sampler = PipelineSampler(pipeline, height=64, width=48, steps=2, options={"max_sequence_length": 16})
-    bank = StudentBank.for_layers(preset("near_far"), sampler.layers, sampler.heads, sampler.width)
+def learned_from(sampler: PipelineSampler, student: StudentConfig) -> tuple[ReplaySample, PipelineSamples]:
+    """Distil on one image, which stays as it is; give the first call captured and the image."""
+    bank = StudentBank.for_layers(student, sampler.layers, sampler.heads, sampler.width)
     distiller = Distiller(bank, ReadinessTracker())
     plain = sampler.sample(["a fox"], [1])
     assert torch.equal(sampler.sample(["a fox"], [1], distiller).latent, plain.latent)
     distiller.raise_pending()
     assert distiller.declined == {}
     assert distiller.updates > 0
-    sample = distiller.replay.samples()[0]
+    return distiller.replay.samples()[0], plain
+
+
+def test_a_flux_pipeline_is_loaded_from_a_folder_and_distilled(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tiny_flux_pipeline(tmp_path, transformers).save_pretrained(tmp_path / "model")
+    pipeline = load_pipeline(str(tmp_path / "model"), dtype=torch.float32)
+    sampler = PipelineSampler(pipeline, height=64, width=48, steps=2, options={"max_sequence_length": 16})
+    sample, plain = learned_from(sampler, preset("near_far"))
     assert [(grid.rows, grid.columns) for grid in sample.layout.grids] == [(16, 12)]
     assert plain.images.shape == (1, 3, 64, 48)
 
 
-def test_a_flux_2_pipeline_is_distilled() -> None:
+def test_a_flux_2_pipeline_is_distilled(flux_2: Callable[..., nn.Module]) -> None:
     pytest.importorskip("transformers")
 
     class WithoutTextEncoder(diffusers.Flux2Pipeline):  # type: ignore[misc, name-defined]
@@ -174,28 +185,11 @@ def test_a_flux_2_pipeline_is_distilled() -> None:
             text = torch.stack([letters(one, 7, 24) for one in prompt])
             return text, self._prepare_text_ids(text)
 
-    transformer = diffusers.Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(8, 8, 8, 8),
-    )
     vae = diffusers.AutoencoderKLFlux2(latent_channels=4, block_out_channels=(8,) * 4, norm_num_groups=4)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    pipeline = WithoutTextEncoder(scheduler, vae, None, None, transformer)
+    pipeline = WithoutTextEncoder(scheduler, vae, None, None, flux_2())
     sampler = PipelineSampler(pipeline, height=96, width=128, steps=2, guidance=2.5)
-    bank = StudentBank.for_layers(preset("near_far", tile=2, top_k=1), sampler.layers, sampler.heads, sampler.width)
-    distiller = Distiller(bank, ReadinessTracker())
-    plain = sampler.sample(["a fox"], [1])
-    assert torch.equal(sampler.sample(["a fox"], [1], distiller).latent, plain.latent)
-    distiller.raise_pending()
-    assert distiller.declined == {}
-    assert distiller.updates > 0
-    sample = distiller.replay.samples()[0]
+    sample, plain = learned_from(sampler, preset("near_far", tile=2, top_k=1))
     assert sample.layout == TokenLayout(55, ((0, 7),), (TokenGrid(7, 6, 8),))
     assert sample.step == StepContext(1.0, 2.5, (6, 8))
     assert plain.images.shape == (1, 3, 96, 128)

@@ -68,3 +68,23 @@ def test_half_precision_calls_are_answered_by_a_copy_that_follows_the_weights(ma
     after = backend(call)
     assert not torch.equal(after, before)
     assert torch.equal(after, bank.serving_copy(torch.bfloat16)[LAYER](call))
+
+
+@pytest.mark.parametrize("native", [torch.bfloat16, None])
+@pytest.mark.parametrize(
+    ("name", "follows"), [("hkr", True), ("hkr-joint", True), ("local-kernel", False), ("near_far", False)]
+)
+def test_mixed_precision_changes_the_products_of_networks_alone(
+    make_call: CallMaker, monkeypatch: pytest.MonkeyPatch, name: str, follows: bool, native: torch.dtype | None
+) -> None:
+    monkeypatch.setattr("ttr_distill.student.backend.native_products", lambda device: native)
+    bank = StudentBank.for_layers(preset(name), (LAYER,), 2, 16, seed=1)
+    call = make_call(0)
+    full, mixed = StudentBackend(bank)(call), StudentBackend(bank, mixed_precision=True)(call)
+    assert mixed.dtype is torch.float32
+    assert {weight.dtype for weight in bank.parameters()} <= {torch.float32}
+    if follows and native is not None:
+        assert torch.equal(mixed, bank.serving_copy(native)[LAYER](call))
+        assert 0 < float((mixed - full).norm() / full.norm()) < 0.01
+    else:
+        assert torch.equal(mixed, full)

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from attn_dispatch import AttentionCall
-from ttr_distill.student.exp_map import ExpFeatureMap
+from ttr_distill.student.exp_feature_map import ExpFeatureMap
 
 CallMaker = Callable[..., AttentionCall]
 

@@ -5,9 +5,9 @@ import torch
 from attn_dispatch import AttentionCall, LayerKey
 from torch import Tensor, nn
 from ttr_distill.student.bank import StudentBank
-from ttr_distill.student.exp_map import ExpFeatureMap
+from ttr_distill.student.exp_feature_map import ExpFeatureMap
 from ttr_distill.student.feature_map import KernelFeatureMap, StudentFeatureMap
-from ttr_distill.student.feature_maps import FeatureMaps, MapRequest
+from ttr_distill.student.feature_map_catalog import FeatureMaps, MapRequest
 from ttr_distill.student.presets import StudentConfig, build_student, preset
 
 CallMaker = Callable[..., AttentionCall]

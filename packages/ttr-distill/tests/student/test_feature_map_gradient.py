@@ -3,7 +3,7 @@ import torch
 from attn_kernels import MlpFeatureMap
 from torch import Tensor
 from torch.nn import functional
-from ttr_distill.student.map_gradient import mlp_features, native_products
+from ttr_distill.student.feature_map_gradient import mlp_features, native_products
 
 WIDTH, HIDDEN, FEATURES = 6, 10, 8
 

@@ -161,6 +161,47 @@ def test_loading_judges_by_the_thresholds_given_now() -> None:
     assert not strict.ready(LAYER, partial=True)
 
 
+def test_images_are_asked_for_where_there_is_a_limit() -> None:
+    tracker = ReadinessTracker(ReadinessConfig(minimum_updates=0, ema_decay=0.0, image_limit=0.1))
+    assert observed(tracker, 0.001) == ["unready"]
+    assert tracker.distance_level(LAYER) == "ready"
+    for error, level in ((0.11, "unready"), (math.nan, "unready"), (math.inf, "unready"), (0.1, "ready")):
+        tracker.observe_image(LAYER, error)
+        assert tracker.level(LAYER) == tracker[LAYER].level == level
+    assert observed(tracker, 0.5, 0.001) == ["unready", "unready"], "what became unready is measured anew"
+    tracker.observe_image(LAYER, 0.05)
+    assert tracker.ready(LAYER)
+    tracker.replace(LAYER, 0.001, 0.01)
+    assert not tracker.ready(LAYER, partial=True), "another student was never drawn with"
+
+
+def test_a_saved_image_limit_holds_until_the_caller_gives_one() -> None:
+    first = ReadinessTracker(ReadinessConfig(minimum_updates=0, image_limit=0.1))
+    observed(first, 0.001)
+    for error, level in ((None, "unready"), (0.2, "unready"), (0.05, "ready")):
+        if error is not None:
+            first.observe_image(LAYER, error)
+        state = json.loads(json.dumps(first.state_dict(), allow_nan=False))
+        for limit, expected in ((None, level), (0.01, "unready"), (math.inf, "ready")):
+            second = ReadinessTracker(ReadinessConfig(minimum_updates=0, image_limit=limit))
+            second.load_state_dict(state)
+            assert second.level(LAYER) == expected, (error, limit)
+        again = ReadinessTracker(QUICK)
+        again.load_state_dict(state)
+        assert again.state_dict() == first.state_dict()
+
+
+def test_a_state_saved_before_images_were_measured_is_read() -> None:
+    tracker = ReadinessTracker(QUICK)
+    observed(tracker, 0.001)
+    state = json.loads(json.dumps(tracker.state_dict()))
+    for field in ("image_error", "image_limit"):
+        del state["single:0"][field]
+    again = ReadinessTracker(QUICK)
+    again.load_state_dict(state)
+    assert again.ready(LAYER)
+
+
 @pytest.mark.parametrize("entry", [{}, {"updates": 1}, 3])
 def test_a_malformed_state_is_refused(entry: object) -> None:
     with pytest.raises(ValueError, match="readiness of layer single:0"):
@@ -176,6 +217,8 @@ def test_a_malformed_state_is_refused(entry: object) -> None:
         {"ema_decay": 1.0},
         {"minimum_updates": -1},
         {"flush_every": 0},
+        {"image_limit": 0.0},
+        {"image_limit": math.nan},
     ],
 )
 def test_settings_out_of_range_are_refused(bad: dict[str, float]) -> None:

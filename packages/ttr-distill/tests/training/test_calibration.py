@@ -5,7 +5,7 @@ import pytest
 import torch
 from attn_dispatch import AttentionCall, LayerKey, StepContext
 from torch import Tensor
-from ttr_distill.captures import Captures, CaptureWriter
+from ttr_distill.recorded_calls import Captures, CaptureWriter
 from ttr_distill.student.backend import StudentBackend
 from ttr_distill.student.bank import StudentBank
 from ttr_distill.training.calibration import CalibrateConfig, calibrate, heldout_samples

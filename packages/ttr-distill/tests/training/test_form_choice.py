@@ -9,7 +9,7 @@ from ttr_distill.grad import training_mode
 from ttr_distill.student.attention import StudentAttention
 from ttr_distill.student.presets import build_student, preset
 from ttr_distill.training.capture import CaptureConfig, capture
-from ttr_distill.training.forms import keep_better_form, mean_distance
+from ttr_distill.training.form_choice import keep_better_form, mean_distance
 from ttr_distill.training.replay import ReplaySample
 
 CallMaker = Callable[..., AttentionCall]

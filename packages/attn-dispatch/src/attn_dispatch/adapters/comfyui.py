@@ -1,9 +1,10 @@
 """ComfyUI: install a handler on a model, and take it off again.
 
-Three documented hooks of the host are used and nothing of it is patched or imported: the attention override in
-``transformer_options``, and the wrappers around a sampling run and around a call of the network. ComfyUI 0.3.75 to
-0.33 are supported. Where the host does not name the layers of a model (Flux in 0.3.75, all models in 0.3.64), calls
-have ``layer=None``: whatever needs a layer refuses with that sentence, and the rest works.
+Documented hooks of the host are used and nothing of it is patched or imported: the attention override in
+``transformer_options``, and the wrappers around a sampling run and around a call of the network. ComfyUI 0.3.64 to
+0.33 are supported. Where the host does not name the blocks of a Flux-like model (Flux in 0.3.75, all in 0.3.64), a
+fourth hook, which replaces blocks, names them (``comfyui_blocks``). Other models without names give ``layer=None``:
+whatever needs a layer refuses with that sentence, and the rest works.
 """
 
 from __future__ import annotations

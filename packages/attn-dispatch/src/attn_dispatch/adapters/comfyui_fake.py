@@ -178,15 +178,25 @@ class FakeFlux(nn.Module):
             )
             return out.view(*out.shape[:2], q.shape[1], -1).transpose(1, 2)
 
+        def run(place: tuple[str, int], block: nn.Module, image: Tensor, text: Tensor | None) -> tuple[Tensor, Any]:
+            def original(args: dict[str, Any]) -> dict[str, Any]:
+                img, txt = block(args["img"], args.get("txt"), args["pe"], args["attn_mask"], attend)
+                return {"img": img, "txt": txt}
+
+            replaced = options.get("patches_replace", {}).get("dit", {}).get(place)
+            given = {"img": image, "txt": text, "pe": angles, "attn_mask": mask, "transformer_options": options}
+            out = original(given) if replaced is None else replaced(given, {"original_block": original})
+            return out["img"], out.get("txt")
+
         for index, block in enumerate(tiny.transformer_blocks):
             self._name(options, "double", index)
-            image, text = block(image, text, angles, mask, attend)
+            image, text = run(("double_block", index), block, image, text)
         joined = torch.cat([text, image], 1)
         if self.named:
             options["img_slice"] = [words, joined.shape[1]]
         for index, block in enumerate(tiny.single_transformer_blocks):
             self._name(options, "single", index)
-            joined, _ = block(joined, None, angles, mask, attend)
+            joined, _ = run(("single_block", index), block, joined, None)
         rows, columns = -(-x.shape[2] // 2), -(-x.shape[3] // 2)
         out: Tensor = tiny.proj_out(joined[:, words : words + own])
         out = out.reshape(-1, rows, columns, 4, 2, 2)

@@ -68,7 +68,7 @@ class ComfyOverride:
     layout travel in ``transformer_options``, so two models, or two threads, do not mix.
 
     Self-attention of a block is the layer ``block_type:block_index``, e.g. ``double:3``; its attention to other keys
-    is ``double_cross:3``. A host that does not name its blocks (ComfyUI 0.3.64) gives ``layer=None``.
+    is ``double_cross:3``. Where neither the host nor ``comfyui_blocks`` names a block, ``layer`` is ``None``.
 
     Args:
         handler: Answers the calls; ``begin_run`` and ``end_run`` come from the wrappers that ``install`` adds.

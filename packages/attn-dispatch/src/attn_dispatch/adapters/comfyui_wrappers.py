@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_dispatch.adapters.comfyui_blocks import name_blocks
 from attn_dispatch.adapters.comfyui_layout import (
     BINARY_MASKS,
     CROSS_ATTENDING,
@@ -102,6 +103,7 @@ class HostWrappers:
         if not reaches(options.get(OVERRIDE), override):
             # A node behind this one took the slot: it becomes part of what native attention is.
             options[OVERRIDE] = Seat(override, options.get(OVERRIDE))
+        name_blocks(getattr(executor, "class_obj", None), options)
         options[FACTS] = {**options.get(FACTS, {}), override.key: self._facts(executor, args, kwargs, options)}
 
     def _facts(

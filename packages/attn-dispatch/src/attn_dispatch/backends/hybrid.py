@@ -123,7 +123,8 @@ class HybridBackend:
             near = window_keys(shape.keys, reach, self._prefix(call))
         if self._weight(call) == 0:
             return attend_work("window", shape, near)
-        return hybrid_work(shape, near_keys=near, rank=self._rank(call), terms=config.global_P)
+        fused = call.q.is_cuda
+        return hybrid_work(shape, near_keys=near, rank=self._rank(call), terms=config.global_P, fused=fused)
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Answer with ``[B, H, Nq, Dv]``."""

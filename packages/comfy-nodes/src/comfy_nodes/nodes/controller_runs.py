@@ -190,7 +190,7 @@ class _Work:
         self.parameters = parameters
         self.found = found
         self.trainer: ControllerTrainer
-        self.backend = FiniteBackend(StudentBackend(students.bank))
+        self.backend = FiniteBackend(StudentBackend(students.bank, mixed_precision=True))
 
     def start(self, eligible: Tensor) -> None:
         """Make the trainer, and go on with the training that is on disk, if there is one.

@@ -36,7 +36,12 @@ class ControllerTrainingSettings:
         True, "On = the controller chooses anew in every diffusion step; off = once for a whole image."
     )
     rollouts: int = option(
-        4, "Images sampled with students for each update; more make better updates and take longer.", 2, 64, 1
+        4,
+        "Images sampled with students for each update, each with choices of its own (REINFORCE compares them); more "
+        "make better updates and take longer.",
+        2,
+        64,
+        1,
     )
 
 
@@ -52,8 +57,9 @@ class Flux2TTRControllerTrainer(io.ComfyNode):  # type: ignore[misc]
             display_name="Flux2TTRControllerTrainer",
             category=ATTENTION_MENU,
             description="Learns in which layers and diffusion steps exact attention is worth its cost, by sampling the "
-            "same image with and without students. Shows both while it learns. Needs students that are ready: train "
-            "them first with Flux2TTRTrainer.",
+            "same image with and without students. It learns from the outcome of tried choices alone (REINFORCE); "
+            "the other methods are those of the command ttr train-controller. Shows both images while it learns. "
+            "Needs students that are ready: train them first with Flux2TTRTrainer.",
             search_aliases=["distill", "distillation", "fast attention", "routing", "controller", "flux"],
             inputs=[
                 io.Model.Input("model_original", tooltip="The model without students."),

@@ -297,9 +297,10 @@ def serve(
         students: Who answers.
         layers: In these layers.
         guards: What else must allow a call.
-        mixed_precision: Whether students answer calls of half precision in it.
+        mixed_precision: Whether students answer calls of half precision in it, and multiply their feature networks in
+            bfloat16 where the device does that faster.
     """
-    backend: Backend = StudentBackend(students.bank)
+    backend: Backend = StudentBackend(students.bank, mixed_precision=mixed_precision)
     if not mixed_precision:
         backend = FullPrecision(backend)
     allowed: tuple[Guard, ...] = (

@@ -83,7 +83,7 @@ class DistillSettings:
     min_swap_layers: int = option(1, "Layers that learn in a diffusion step: at least.", 0, 512, 1)
     max_swap_layers: int = option(-1, "Layers that learn in a diffusion step: at most; -1 = all.", -1, 512, 1)
     inference_mixed_precision: bool = option(
-        True, "Compute the features of students in bfloat16 on a GPU when they serve."
+        True, "Multiply the feature networks of students in bfloat16 where the device is faster at it, when they serve."
     )
     controller_checkpoint_path: str = option(
         "", "Folder of a trained controller that decides where students serve; empty = wherever they are ready."

@@ -3,117 +3,53 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
+from ttr_controller.cli.distill_options import (
+    Budget,
+    Calibrate,
+    Device,
+    Gate,
+    Guidance,
+    Height,
+    Images,
+    ModelDtype,
+    ModelName,
+    OffloadTo,
+    Out,
+    PromptFile,
+    Queries,
+    Rate,
+    Replay,
+    Reserve,
+    SaveEvery,
+    Seed,
+    SessionOptions,
+    Setting,
+    Share,
+    Steps,
+    Student,
+    TrainSteps,
+    Width,
+)
 from ttr_controller.cli.tracking import Comet, Trackio, open_trackers
 
 if TYPE_CHECKING:
     from ttr_distill.distributed import World
+    from ttr_distill.image_gate import ImageGate
     from ttr_distill.metrics import QueuedSink
     from ttr_distill.session import DistillSession, ImageSampler, SessionConfig
     from ttr_distill.student import StudentConfig
 
-Sharing = Literal["layers", "images"]
-Offload = Literal["none", "model", "sequential"]
-Dtype = Literal["bfloat16", "float16", "float32"]
-
-ModelName = Annotated[
-    str | None,
-    typer.Option("--model", help="Folder or hub name of a diffusers pipeline; the embedded teacher if left out."),
-]
-PromptFile = Annotated[
-    Path | None, typer.Option("--prompts", help="Text file with a prompt a line, or JSON file with a list of strings.")
-]
-Out = Annotated[Path, typer.Option("--out", help="Folder of the session; made if missing, continued if it holds one.")]
-Student = Annotated[
-    str, typer.Option("--student", "--preset", help="Preset of the students, e.g. **near_far**, **hkr**.")
-]
-Setting = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting of the students, as `name=value`; may be repeated.")
-]
-Images = Annotated[int | None, typer.Option("--images", min=1, help="Images to learn from; 16 for a session.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps; 8, or 20 for a real model.")]
-Height = Annotated[int | None, typer.Option("--height", min=1, help="Pixels; 128, or 1024 for a real model.")]
-Width = Annotated[int | None, typer.Option("--width", min=1, help="Pixels; 128, or 1024 for a real model.")]
-Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 3, or the pipeline's own.")]
-Calibrate = Annotated[
-    int | None,
-    typer.Option("--calibrate", min=1, help="Record all calls to disk first, then learn in so many epochs from there."),
-]
-TrainSteps = Annotated[int | None, typer.Option("--train-steps", min=0, help="Updates after each captured call; 1.")]
-Queries = Annotated[int | None, typer.Option("--queries", min=1, help="Training queries kept of a call; 128.")]
-Rate = Annotated[float | None, typer.Option("--learning-rate", help="Step of the optimiser; 0.001.")]
-Replay = Annotated[int | None, typer.Option("--replay-mb", min=1, help="Budget of the replay in MiB; 768.")]
-SaveEvery = Annotated[int | None, typer.Option("--save-every", min=1, help="Save after so many images; 1.")]
-Share = Annotated[
-    Sharing | None, typer.Option("--sharing", help="What processes started by `torchrun` divide: layers or images.")
-]
-OffloadTo = Annotated[Offload | None, typer.Option("--offload", help="Move weights to the device when they run.")]
-ModelDtype = Annotated[Dtype | None, typer.Option("--dtype", help="Data type of a real model; bfloat16.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Budget = Annotated[
-    float | None, typer.Option("--budget", help="Minutes of a whole quickstart that this is part of; 3.5.")
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random draw.")]
-
 DEFAULT_OUT = Path("ttr-quickstart")
-
-
-@dataclass(frozen=True)
-class SessionOptions:
-    """What the command line says of a session; ``None`` = not said.
-
-    Attributes:
-        model: Folder or hub name of a pipeline; ``None`` is the embedded teacher.
-        prompts: File of prompts.
-        images: Images to learn from.
-        steps: Sampling steps.
-        height: Pixels.
-        width: Pixels.
-        guidance: Guidance scale.
-        calibrate: Epochs over a recording.
-        train_steps: Updates after each captured call.
-        queries: Training queries kept of a call.
-        learning_rate: Step of the optimiser.
-        replay_mb: Budget of the replay in MiB.
-        save_every: Save after so many images.
-        sharing: What several processes divide.
-        offload: How weights reach the device.
-        dtype: Data type of the model.
-        settings: ``name=value`` of students.
-    """
-
-    model: str | None = None
-    prompts: Path | None = None
-    images: int | None = None
-    steps: int | None = None
-    height: int | None = None
-    width: int | None = None
-    guidance: float | None = None
-    calibrate: int | None = None
-    train_steps: int | None = None
-    queries: int | None = None
-    learning_rate: float | None = None
-    replay_mb: int | None = None
-    save_every: int | None = None
-    sharing: Sharing | None = None
-    offload: Offload | None = None
-    dtype: Dtype | None = None
-    settings: tuple[str, ...] | None = None
-
-    @property
-    def any(self) -> bool:
-        """Whether anything is said that a quickstart run does not know, or several processes were started."""
-        return int(os.environ.get("WORLD_SIZE", "1")) > 1 or self != SessionOptions()
 
 
 def distill(
@@ -136,6 +72,8 @@ def distill(
     sharing: Share = None,
     offload: OffloadTo = None,
     dtype: ModelDtype = None,
+    image_gate: Gate = None,
+    reserve_memory: Reserve = False,
     device: Device = "auto",
     budget: Budget = None,
     seed: Seed = 0,
@@ -153,7 +91,7 @@ def distill(
 
     options = SessionOptions(
         model, prompts, images, steps, height, width, guidance, calibrate, train_steps, queries, learning_rate,
-        replay_mb, save_every, sharing, offload, dtype, tuple(setting) if setting else None,
+        replay_mb, save_every, sharing, offload, dtype, image_gate, reserve_memory, tuple(setting) if setting else None,
     )  # fmt: skip
     facts = {"phase": "distill", "student": student, "seed": seed, **asdict(options)}
     trackers = open_trackers(DistillMetricNames, out, facts, comet=comet, trackio=trackio)
@@ -262,6 +200,7 @@ def open_session(
         CheckpointError: The folder holds another session, or a damaged one.
     """
     from ttr_distill.session import DistillSession
+    from ttr_distill.training.reservation import reserve_device_memory
 
     from ttr_controller.pipeline.settings import RunError
 
@@ -286,6 +225,7 @@ def open_session(
             world=world,
             trackers=trackers,
             device=world.device,
+            reserve=partial(reserve_device_memory, device=world.device) if options.reserve_memory else None,
         )
     except ImportError as error:
         raise RunError(str(error)) from error
@@ -317,6 +257,17 @@ def _student(name: str, settings: Sequence[str]) -> StudentConfig:
     return StudentConfig.from_dict(values)
 
 
+def _image_gate(options: SessionOptions) -> ImageGate | None:
+    """What is asked of images: of the embedded teacher's with prompts that nothing is learned from."""
+    from ttr_distill.image_gate import ImageGate
+    from ttr_distill.tiny import heldout_prompts
+
+    if options.image_gate is None:
+        return None
+    own = options.model is None and options.prompts is None
+    return ImageGate(options.image_gate, prompts=heldout_prompts() if own else ())
+
+
 def _session_config(options: SessionOptions, student: StudentConfig, seed: int) -> SessionConfig:
     from ttr_distill.session import SessionConfig
     from ttr_distill.training import CaptureConfig, DistillConfig, UpdateConfig
@@ -340,6 +291,7 @@ def _session_config(options: SessionOptions, student: StudentConfig, seed: int) 
         save_every=options.save_every or 1,
         calibrate=None if options.calibrate is None else CalibrateConfig(options.calibrate, queries),
         sharing=options.sharing or "layers",
+        image_gate=_image_gate(options),
     )
 
 

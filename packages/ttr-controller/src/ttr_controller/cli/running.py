@@ -57,15 +57,19 @@ def train_controller(
         str,
         typer.Option(
             "--method",
-            help="**relaxed**: flips, refined by gradients through the sampler. **flips**: the final error that each "
-            "student slot leaves. **probe**: the error within its own step. **budget**: distillation error against "
-            "milliseconds by a knapsack, no rollout. **reinforce**: the probe, refined by policy gradient. **auto**: "
-            "as quickstart.",
+            help="**pairs**: what student slots do to the final error, alone and together. **relaxed**: flips, refined "
+            "by gradients through the sampler. **flips**: the final error that each student slot leaves. **probe**: "
+            "the error within its own step. **budget**: distillation error against milliseconds by a knapsack, no "
+            "rollout. **reinforce**: the probe, refined by policy gradient. **auto**: as quickstart.",
         ),
-    ] = "relaxed",
+    ] = "pairs",
     rollouts: Annotated[
         int | None,
-        typer.Option("--rollouts", min=0, help="Images to refine with (relaxed, reinforce); a gradient counts four."),
+        typer.Option(
+            "--rollouts",
+            min=0,
+            help="Images to sample (pairs) or to refine with (relaxed, reinforce); a gradient counts four.",
+        ),
     ] = None,
     comet: Comet = False,
     trackio: Trackio = False,

@@ -17,9 +17,10 @@ from ttr_distill.tiny import Samples, retrieval_accuracy
 
 from ttr_controller import budget
 from ttr_controller.guard import ScheduleGuard
-from ttr_controller.pipeline.routing import Routing
+from ttr_controller.methods import METHODS
+from ttr_controller.pipeline.routing import AUTO, DEFAULT_ROLLOUTS, Routing
 from ttr_controller.pipeline.settings import Plan
-from ttr_controller.pipeline.starting import full_shares, student_cost
+from ttr_controller.pipeline.starting import PAIRS_AROUND_EXACT, full_shares, student_cost
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 from ttr_controller.quality.latent import relative_rmse
 from ttr_controller.quality.perceptual import psnr, ssim
@@ -42,9 +43,20 @@ class Setting:
     level: int | None = None
 
 
+METHODS_PER_LEVEL = 9
+"""Methods that are compared at each cost where all rankings were measured."""
+RULES = ("random", "first steps full", "last steps full", "distillation error by layer", "budget")
+"""Methods that sample no student before they route."""
+SHOWN = (
+    ("layer error", "distillation error by layer"),
+    *((name, name) for name in ("budget", "probe", "flips", "pairs", PAIRS_AROUND_EXACT)),
+)
+"""Rankings that are compared where they were measured, and their names in the report."""
+
+
 def work(plan: Plan) -> float:
     """Units of progress: images sampled."""
-    return float(plan.compare_prompts * (2 + 5 * plan.levels))
+    return float(plan.compare_prompts * (2 + METHODS_PER_LEVEL * plan.levels))
 
 
 def settings_to_compare(routing: Routing, cost: float, levels: int, seed: int) -> Iterator[Setting]:
@@ -61,9 +73,13 @@ def settings_to_compare(routing: Routing, cost: float, levels: int, seed: int) -
             "random": budget.random_mask(steps, layers, count, generator),
             "first steps full": budget.first_steps_full(steps, layers, count),
             "last steps full": budget.last_steps_full(steps, layers, count),
-            "probe": budget.top_k_mask(routing.scores, count),
-            "policy": routing.mask(count),
         }
+        masks |= {
+            name: budget.top_k_mask(routing.rankings[ranking], count)
+            for ranking, name in SHOWN
+            if ranking in routing.rankings
+        }
+        masks["policy"] = routing.mask(count)
         for method, mask in masks.items():
             yield Setting(method, exact_share, mask, level)
 
@@ -94,6 +110,8 @@ def compare(bench: Workbench, students: Students, routing: Routing, tick: Tick) 
         detail = f"{closeness}, retrieval {point['retrieval']:.2f}"
         columns.append(_column(bench, name, detail, samples, f"cost {point['cost']:.2f}", number))
     section = {"prompts": prompts, "student_cost": cost, "teacher_retrieval": retrieval, "points": points}
+    learner = str(bench.run.section("controller").get("learner", AUTO))
+    section["not_run"] = not_run(points, len(prompts), learner)
     bench.run.results["sheet"] = {"prompts": prompts, "columns": columns}
     bench.run.record("pareto", section, time.perf_counter() - start)
 
@@ -145,12 +163,26 @@ def png_bytes(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
+def not_run(points: Sequence[dict[str, object]], prompts: int, learner: str) -> dict[str, str]:
+    """Methods that the comparison lacks, and why: each learns for itself, for minutes.
+
+    Args:
+        points: Measured points of the comparison.
+        prompts: Images of each point.
+        learner: Method that the policy was learnt by.
+    """
+    image = max((float(str(point["seconds"])) for point in points), default=0.0) / max(1, prompts)
+    known = {str(point["method"]) for point in points} | {learner}
+    minutes = max(1, round(DEFAULT_ROLLOUTS * image / 60))
+    why = f"{DEFAULT_ROLLOUTS} rollouts each, about {minutes} min on this machine"
+    return {method: why for method in METHODS if method not in known}
+
+
 def best_simple_baseline(points: Sequence[dict[str, object]], share: float) -> tuple[str, float]:
     """Name and latent error of the best rule without learning at one share of full attention."""
-    rules = ("random", "first steps full", "last steps full")
     rows = [
         (str(point["method"]), float(str(point["latent_rmse"])))
         for point in points
-        if point["method"] in rules and abs(float(str(point["full_share"])) - share) < 1e-9
+        if point["method"] in RULES and abs(float(str(point["full_share"])) - share) < 1e-9
     ]
     return min(rows, key=lambda row: row[1])

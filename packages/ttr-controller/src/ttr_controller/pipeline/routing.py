@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -18,6 +18,7 @@ from ttr_distill.student import StudentBackend
 
 from ttr_controller.guard import masks_from_policy
 from ttr_controller.methods import METHODS
+from ttr_controller.pairs import pair_evaluations
 from ttr_controller.pipeline.settings import Plan, RunError
 from ttr_controller.pipeline.starting import RANKINGS, Start, full_shares, start_training, student_cost, work_of_probes
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
@@ -32,9 +33,12 @@ SCORES = "probe.scores"
 AUTO = "auto"
 """The best of several rankings, judged on training images, refined by REINFORCE as far as the run's budget goes."""
 ROLLOUTS = ControllerConfig().rollouts
+RANKING = "ranking."
 LEARNING = ("relaxed", "reinforce")
 """Methods that go on from a ranking; by default over this many rollouts:"""
 DEFAULT_ROLLOUTS = 96
+GATE_BATCH = 2
+"""Images of a step of relaxed gates."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Learning:
 
     Attributes:
         method: One of ``METHODS``, or ``"auto"``.
-        rollouts: Images that refining a ranking may sample; ``None``: the plan's with ``"auto"``, else 96. A gradient
-            through an image counts as four.
+        rollouts: Images that refining a ranking, or measuring pairs, may sample; ``None``: the plan's with ``"auto"``,
+            else 96. A gradient through an image counts as four.
     """
 
     method: str = AUTO
@@ -55,6 +59,13 @@ class Learning:
             raise RunError(f"unknown method {self.method!r}; choose one of {', '.join((AUTO, *METHODS))}")
         if self.rollouts is not None and self.rollouts < 0:
             raise RunError(f"rollouts must be >= 0, got {self.rollouts}")
+
+    def images(self, steps: int, layers: int) -> int | None:
+        """Training images to measure on; ``None``: the plan's."""
+        if self.method != "pairs":
+            return None
+        wanted = DEFAULT_ROLLOUTS if self.rollouts is None else self.rollouts
+        return max(1, round(wanted * steps / pair_evaluations(steps, layers)))
 
     def amount(self, plan: Plan) -> int:
         """Rollouts to refine with."""
@@ -73,11 +84,13 @@ class Routing:
         policy: Maps a diffusion step to one logit per layer, high = full attention.
         contexts: The steps of the run's schedule.
         scores: ``[steps, L]``, the probe's score of each slot.
+        rankings: Scores ``[steps, L]`` of every method that was measured on the way, by its name.
     """
 
     policy: RoutingPolicy
     contexts: tuple[StepContext, ...]
     scores: Tensor
+    rankings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def mask(self, count: int) -> Tensor:
         """Mask ``[steps, L]`` with full attention in the ``count`` slots that the policy wants most."""
@@ -136,7 +149,7 @@ def _refine_by_gates(
     with torch.no_grad():
         ranking = trainer.policy.logits(trainer.contexts)
     shares = full_shares(student_cost(bench, students), bench.plan().levels)
-    batch, size = 2, bench.world.size
+    batch, size = GATE_BATCH, bench.world.size
     gates = RelaxedTrainer(
         bench.sampler,
         StudentBackend(students.bank),
@@ -169,7 +182,8 @@ def load_routing(bench: Workbench) -> Routing:
     state, start_at, _ = loaded
     policy = _new_policy(bench)
     policy.load_state_dict(with_prefix(state["tensors"], "best."))
-    return Routing(policy, unpack_contexts(state["manifest"]["contexts"]), start_at.scores)
+    rankings = start_at.rankings or {"probe": start_at.scores}
+    return Routing(policy, unpack_contexts(state["manifest"]["contexts"]), start_at.scores, rankings)
 
 
 def _start(
@@ -194,7 +208,8 @@ def _start(
         return trainer, loaded[1], loaded[2]
     if bench.world.main:
         (bench.run.path / CURVE_NAME).unlink(missing_ok=True)
-    start_at = start_training(bench, trainer, backend, cost, how.method, tick)
+    images = how.images(bench.sampler.steps, len(bench.sampler.layers))
+    start_at = start_training(bench, trainer, backend, cost, how.method, tick, images)
     _save(bench, trainer, start_at, how)
     return trainer, start_at, {}
 
@@ -225,12 +240,15 @@ def _save(
     if not bench.world.main:
         return
     state = trainer.state_dict()
-    tensors = {**state["tensors"], SCORES: start_at.scores, **(gates or {})}
+    rankings = {RANKING + name: scores for name, scores in start_at.rankings.items()}
+    tensors = {**state["tensors"], SCORES: start_at.scores, **rankings, **(gates or {})}
     manifest = {
         "kind": KIND,
         "method": how.method,
         "start": start_at.chosen,
         "start_errors": start_at.errors,
+        "start_rollouts": start_at.rollouts,
+        "start_curve": [list(point) for point in start_at.curve],
         **state["manifest"],
     }
     save_checkpoint(bench.run.controller, tensors, manifest, fingerprint=bench.teacher.fingerprint)
@@ -247,9 +265,47 @@ def _load_state(bench: Workbench, how: Learning | None) -> tuple[TrainerState, S
         raise CheckpointError(f"checkpoint {bench.run.controller} holds no controller")
     if how is not None and manifest.get("method", AUTO) != how.method:
         return None
-    start_at = Start(tensors.pop(SCORES), str(manifest["start"]), errors)
+    rankings = with_prefix(tensors, RANKING)
+    for name in rankings:
+        del tensors[RANKING + name]
+    # A run of an earlier version has neither.
+    rollouts = float(cast("float", manifest.get("start_rollouts", 0.0)))
+    points = cast("list[list[float]]", manifest.get("start_curve", []))
+    curve = tuple((made, error) for made, error in points)
+    start_at = Start(tensors.pop(SCORES), str(manifest["start"]), errors, rankings, rollouts, curve)
     gates = {name: tensors.pop(name) for name in list(tensors) if name.startswith("gates.")}
     return {"tensors": tensors, "manifest": cast(TrainerManifest, manifest)}, start_at, gates
+
+
+def learning_curve(
+    start_at: Start, rows: Mapping[int, MetricRow], rollouts: float, cost: float, last_error: float | None = None
+) -> list[dict[str, float | int | None]]:
+    """Points of the report's learning curve: what was there before, the ranking, and one for each update.
+
+    Args:
+        start_at: Where learning started.
+        rows: Metric row of each update, by its number from 1.
+        rollouts: Images that an update samples.
+        cost: Of the students relative to full attention.
+        last_error: Validation error at the end, where updates are not validated one by one.
+    """
+    curve: list[dict[str, float | int | None]] = [
+        {"rollouts": round(made), "validation": error} for made, error in start_at.curve
+    ]
+    for step, row in sorted(rows.items()):
+        share = row.get("actual_full_attn_ratio", row.get("target_full_attn_ratio", row.get("share", 0.0)))
+        curve.append(
+            {
+                "rollouts": round(start_at.rollouts + step * rollouts),
+                "reward": row.get("reward"),
+                "quality": row["loss"],
+                "cost": cost + (1.0 - cost) * share,
+                "validation": row.get("best_error"),
+            }
+        )
+    if last_error is not None and rows:
+        curve[-1]["validation"] = last_error
+    return curve
 
 
 def _record(
@@ -262,21 +318,15 @@ def _record(
     seconds: float,
 ) -> None:
     """Write the section ``controller``: the learning curve and the routing heat map."""
+    lines = (bench.run.path / CURVE_NAME).read_text(encoding="utf-8").splitlines()
     rows: dict[int, MetricRow] = {}
-    for line in (bench.run.path / CURVE_NAME).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in map(json.loads, lines):
         rows[int(row["step"])] = row  # an update that was done twice, around an interruption, counts once
-    curve = [
-        {
-            "rollouts": step * trainer.config.rollouts * bench.world.size,
-            "reward": row["reward"],
-            "quality": row["loss"],
-            "cost": cost + (1.0 - cost) * row["actual_full_attn_ratio"],
-            "validation": row["best_error"],
-        }
-        for step, row in sorted(rows.items())
-        if step <= trainer.updates
-    ]
+    if how.method == "relaxed":
+        curve = learning_curve(start_at, rows, 4.0 * GATE_BATCH * bench.world.size, cost, trainer.best.error)
+    else:
+        done = {step: row for step, row in rows.items() if step <= trainer.updates}
+        curve = learning_curve(start_at, done, float(trainer.config.rollouts * bench.world.size), cost)
     routing = Routing(trainer.best_policy(), trainer.contexts, torch.empty(0))
     heatmap = {
         "layers": [str(layer) for layer in bench.sampler.layers],

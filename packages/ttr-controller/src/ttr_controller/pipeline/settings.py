@@ -12,7 +12,7 @@ from ttr_distill.student import PRESETS
 DEFAULT_BUDGET_MINUTES = 3.5
 
 _SHARES = MappingProxyType(
-    {"distill": 0.12, "fidelity": 0.08, "flips": 0.20, "validation": 0.22, "rollouts": 0.06, "compare": 0.32}
+    {"distill": 0.12, "fidelity": 0.08, "pairs": 0.20, "validation": 0.22, "rollouts": 0.06, "compare": 0.32}
 )
 """How the time that is left after loading and timing is shared out."""
 
@@ -139,8 +139,8 @@ def make_plan(settings: QuickstartSettings, layers: int, forward: float, student
     seconds = max(0.0, 60.0 * settings.budget_minutes - _FIXED_SECONDS)
     extra = max(student - forward, 0.05 * forward)
     image, student_image = steps * forward, steps * max(student, forward)
-    # Each slot is evaluated twice, and in every other step followed to the end of its trajectory.
-    flips = steps * layers * (2 * student + 0.25 * image)
+    # Each slot is evaluated alone, and changed once more and followed to the end of sampling.
+    pairs = steps * layers * (1 + (steps + 1) / 2) * student + image
     # An update sees all keys but few queries, forwards and back: for near-far, with what is measured on
     # held-out queries, about half of a forward.
     distill = image + steps * layers * 0.5 * forward + 1.5 * steps * extra
@@ -153,11 +153,11 @@ def make_plan(settings: QuickstartSettings, layers: int, forward: float, student
     return Plan(
         distill_images=amount("distill", distill, 3, 24),
         fidelity_prompts=amount("fidelity", 2.7 * image + 3 * steps * extra, 1, 8),
-        probe_prompts=amount("flips", flips, 1, 4),
-        # Four rankings at each cost, and what is learnt from there.
-        validation_prompts=amount("validation", (3 + 4 * levels) * student_image, 2, 4),
+        probe_prompts=amount("pairs", pairs, 1, 4),
+        # Five rankings at each cost, and what is learnt from there.
+        validation_prompts=amount("validation", (4 + 5 * levels) * student_image, 2, 4),
         rollouts=amount("rollouts", student_image, 0, 512) // 4 * 4,
-        compare_prompts=amount("compare", (2 + 5 * levels) * 0.5 * (image + student_image), 2, 12),
+        compare_prompts=amount("compare", (2 + 9 * levels) * 0.5 * (image + student_image), 2, 12),
         levels=levels,
         timing_repeats=3 if slowdown > 2.0 or settings.budget_minutes < 2.0 else 5,
     )

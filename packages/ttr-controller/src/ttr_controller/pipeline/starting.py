@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from attn_dispatch import TokenLayout
@@ -12,10 +12,20 @@ from attn_kernels.cost import exact_flops
 from torch import Tensor
 from ttr_distill.student import StudentBackend
 
-from ttr_controller.budget import slot_count
+from ttr_controller.budget import first_steps_full, slot_count
 from ttr_controller.costs import AttentionCosts, measure_costs
 from ttr_controller.guard import masks_from_policy
-from ttr_controller.methods import Images, Ranking, rank_by_budget, rank_by_flips, rank_by_probe
+from ttr_controller.layer_errors import measure_layer_errors
+from ttr_controller.methods import (
+    Images,
+    Ranking,
+    rank_by_budget,
+    rank_by_flips,
+    rank_by_layer_error,
+    rank_by_pairs,
+    rank_by_probe,
+)
+from ttr_controller.pairs import measure_pairs, pair_evaluations
 from ttr_controller.pipeline.settings import Plan
 from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 from ttr_controller.probe import flip_evaluations
@@ -27,8 +37,10 @@ FULL_SHARES = (0.5, 0.25, 0.75)
 """Shares of full attention compared where the student is too dear for the lowest cost."""
 COST_MARGIN = 0.05
 """A student must be this much cheaper than a cost for the cost to leave it anything to do."""
-RANKINGS = 4
-"""Rankings of the slots that the policy may start from."""
+PAIRS_AROUND_EXACT = "pairs around exact sampling"
+"""Pairs from the measurement that gives the flips as well; the method ``"pairs"`` measures around a middle mask."""
+RANKINGS = 5
+"""Rankings of the slots that the policy of ``"auto"`` may start from."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +52,33 @@ class Start:
         chosen: Name of the ranking that the policy was given.
         errors: Error of each ranking on training prompts that it was not made from, geometric mean over the costs
             that the run compares.
+        rankings: Scores ``[steps, L]`` of every method that was measured on the way, by its name.
+        rollouts: Images sampled with students until here.
+        curve: Rollouts and error on the validation images at the target, before anything was measured (the first
+            steps full) and with the chosen ranking.
     """
 
     scores: Tensor
     chosen: str
     errors: dict[str, float]
+    rankings: dict[str, Tensor] = field(default_factory=dict)
+    rollouts: float = 0.0
+    curve: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rankings before they are judged.
+
+    Attributes:
+        candidates: Scores that the policy may start from, by what a reader is told.
+        rankings: Every method's scores, by its name.
+        rollouts: Images sampled with students.
+    """
+
+    candidates: dict[str, Tensor]
+    rankings: dict[str, Tensor]
+    rollouts: float
 
 
 def student_cost(bench: Workbench, students: Students) -> float:
@@ -70,61 +104,97 @@ def work_of_probes(plan: Plan) -> float:
 
 
 def start_training(
-    bench: Workbench, trainer: ControllerTrainer, backend: StudentBackend, cost: float, method: str, tick: Tick
+    bench: Workbench,
+    trainer: ControllerTrainer,
+    backend: StudentBackend,
+    cost: float,
+    method: str,
+    tick: Tick,
+    images: int | None = None,
 ) -> Start:
     """Rank the slots as a method does and give the policy that ranking.
 
-    ``"auto"`` ranks in four ways and takes the one that does best on other training prompts. The one-step probe sees
-    the error a student makes within its step, the flips also what the steps after it make of that error, and "first
-    steps" needs no measurement. Few prompts make flips noisy; the mean of both ranks keeps what they agree on. Every
-    ranking is judged at all costs that the run compares.
+    ``"auto"`` ranks in five ways and takes the one that does best on other training prompts. The one-step probe sees
+    the error a student makes within its step, the flips also what the steps after it make of that error, pairs also
+    what slots do to one another; "first steps" needs no measurement. Few prompts make flips noisy; the mean of both
+    ranks keeps what they agree on. Every ranking is judged at all costs that the run compares.
+
+    Args:
+        bench: The run's objects.
+        trainer: Its policy gets the ranking.
+        backend: The students.
+        cost: Of the students relative to full attention.
+        method: ``"auto"`` or one of ``METHODS``.
+        tick: Moves the progress bar.
+        images: Training images to measure on; ``None``: the plan's.
     """
-    prompts, seeds = bench.train_set(bench.plan().probe_prompts)
+    prompts, seeds = bench.train_set(images or bench.plan().probe_prompts)
     judged = bench.plan().validation_prompts
     # Judged on other images than those that were probed.
     pool_prompts, pool_seeds = bench.train_set(len(prompts) + judged)
     trainer.prepare(pool_prompts[-judged:], pool_seeds[-judged:])
-    rankings, one_step = _rankings(bench, (prompts, seeds), backend, trainer.costs, method, tick)
-    errors = {name: _judge(bench, trainer, scores, cost, tick) for name, scores in rankings.items()}
+    found = _measure(bench, (prompts, seeds), backend, trainer.costs, cost, method, tick)
+    errors = {name: _judge(bench, trainer, scores, cost, tick) for name, scores in found.candidates.items()}
     chosen = min(errors, key=lambda name: errors[name])
     trainer.best = BestPolicy()
-    trainer.initialise_from_probe(rankings[chosen])
-    return Start(one_step, chosen, errors)
+    trainer.initialise_from_probe(found.candidates[chosen])
+    steps, layers = found.candidates[chosen].shape
+    first = first_steps_full(steps, layers, trainer.full_slots, eligible=trainer.eligible)
+    curve = ((0.0, trainer.validation_error(first)), (found.rollouts, trainer.best.error))
+    return Start(found.rankings["probe"], chosen, errors, found.rankings, found.rollouts, curve)
 
 
-def _rankings(
-    bench: Workbench, images: Images, backend: StudentBackend, modelled: AttentionCosts, method: str, tick: Tick
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Scores by ranking, and the one-step probe's ``[steps, L]``."""
-    steps, layers = bench.sampler.steps, len(bench.sampler.layers)
-    flips_wanted = method not in ("probe", "reinforce", "budget")
-    evaluations = steps * layers + (flip_evaluations(steps, layers, _every(method)) if flips_wanted else 0)
-    share = work_of_probes(bench.plan()) / evaluations
+def _measure(
+    bench: Workbench,
+    images: Images,
+    backend: StudentBackend,
+    modelled: AttentionCosts,
+    cost: float,
+    method: str,
+    tick: Tick,
+) -> Measured:
+    """Measure what a method needs, and the rankings that cost next to nothing."""
+    model, steps, layers = bench.sampler, bench.sampler.steps, len(bench.sampler.layers)
+    extra = {
+        "auto": pair_evaluations(steps, layers),
+        "pairs": pair_evaluations(steps, layers),
+        "flips": flip_evaluations(steps, layers, 1),
+        "relaxed": flip_evaluations(steps, layers, 1),
+    }
+    share = work_of_probes(bench.plan()) / (steps * layers + extra.get(method, 0))
 
     def advance() -> None:
         tick(share)
 
-    path = bench.sampler.trajectory(*images)
-    probe = rank_by_probe(bench.sampler, images, backend, path=path, on_evaluation=advance)
+    meter = measure_layer_errors(model, *images, backend)
+    path = model.trajectory(*images)
+    probe = rank_by_probe(model, images, backend, path=path, on_evaluation=advance)
+    known = [rank_by_layer_error(model, images, backend, meter=meter), probe]
+    budget = rank_by_budget(model, images, backend, modelled, meter=meter)
+    candidates = {"one-step probe": probe.scores}
     if method == "budget":
         unit, costs = cost_table(bench, images, backend, modelled)
-        scores = rank_by_budget(bench.sampler, images, backend, costs).scores
-        return {f"knapsack of distillation error and {unit}": scores}, probe.scores
-    if not flips_wanted:
-        return {"one-step probe": probe.scores}, probe.scores
-    flips: Ranking = rank_by_flips(
-        bench.sampler, images, backend, every=_every(method), path=path, on_evaluation=advance
-    )
-    if method != "auto":
-        return {"flips": flips.scores}, probe.scores
-    first = torch.linspace(1.0, 0.0, steps).unsqueeze(1).repeat(1, layers)
-    rankings = {
-        "first steps": first,
-        "one-step probe": probe.scores,
-        "flips": flips.scores,
-        "flips and first steps": _ranks(flips.scores) + _ranks(first),
-    }
-    return rankings, probe.scores
+        budget = rank_by_budget(model, images, backend, costs, meter=meter)
+        candidates = {f"knapsack of distillation error and {unit}": budget.scores}
+    elif method in ("flips", "relaxed"):
+        known.append(rank_by_flips(model, images, backend, path=path, on_evaluation=advance))
+        candidates = {"flips": known[-1].scores}
+    elif method == "pairs":
+        shares = full_shares(cost, bench.plan().levels)
+        known.append(rank_by_pairs(model, images, backend, shares, path=path, on_evaluation=advance))
+        candidates = {"pairs": known[-1].scores}
+    elif method == "auto":
+        # One measurement around exact sampling gives both.
+        exact = torch.ones(steps, layers, dtype=torch.bool)
+        errors = measure_pairs(model, *images, backend, exact, path=path, on_evaluation=advance)
+        rollouts = len(images[0]) * pair_evaluations(steps, layers) / steps
+        counts = [round(share * steps * layers) for share in full_shares(cost, bench.plan().levels)]
+        known += [Ranking("flips", errors.alone(), 0.0), Ranking(PAIRS_AROUND_EXACT, errors.scores(counts), rollouts)]
+        first = torch.linspace(1.0, 0.0, steps).unsqueeze(1).repeat(1, layers)
+        candidates |= {"first steps": first, "flips": errors.alone(), PAIRS_AROUND_EXACT: known[-1].scores}
+        candidates["flips and first steps"] = _ranks(errors.alone()) + _ranks(first)
+    rollouts = sum(one.rollouts for one in known)
+    return Measured(candidates, {one.method: one.scores for one in (*known, budget)}, rollouts)
 
 
 def cost_table(
@@ -143,11 +213,6 @@ def cost_table(
     measured = AttentionCosts(measured.names, bench.world.gather(measured.table)[0])
     full, student = measured.table.sum(dim=0).tolist()
     return ("milliseconds", measured) if student < full else ("operations", modelled)
-
-
-def _every(method: str) -> int:
-    """Distance between steps whose errors are followed to the end; a run of limited time follows every other."""
-    return 2 if method == "auto" else 1
 
 
 def _ranks(scores: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ READY = 0.005
 """Mean cosine distance up to which a student may serve under any routing."""
 PARTLY_READY = 0.012
 """Cosine distance up to which a student may serve in at most three quarters of the slots."""
-SIMPLE_METHODS = ("random", "first steps full", "last steps full")
-"""Ways to route without learning and without a probe."""
+SIMPLE_METHODS = ("random", "first steps full", "last steps full", "distillation error by layer", "budget")
+"""Ways to route without learning and without sampling a student."""
 POLICY, PROBE, ALL_FULL, ALL_STUDENT, EXACT = "policy", "probe", "all full", "all student", "exact"
 SAME_COST = 0.005
 """Costs closer than this are called equal."""

@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 MANY = 8
-"""More lines than this are drawn thin and unnamed."""
+"""More lines than this are drawn thin and unnamed, or with a legend of two columns."""
 
 _METHOD_STYLES = (
     ("random", svg.RANDOM, "X", ":"),
     ("first steps full", svg.FIRST, "s", "--"),
     ("last steps full", svg.LAST, "D", "-."),
+    ("distillation error by layer", svg.MUTED, "<", ":"),
+    ("budget", svg.MUTED, ">", "-."),
     ("probe", svg.PROBE, "^", "--"),
+    ("flips", svg.INK, "v", "--"),
+    ("pairs", svg.INK, "h", "-."),
+    ("pairs around exact sampling", svg.INK, "h", "-."),
     ("policy", svg.POLICY, "o", "-"),
 )
 
@@ -148,7 +153,8 @@ def pareto_plot(pareto: Pareto) -> Markup | None:
     if not methods:
         return None
     with svg.plotting():
-        figure = svg.new_figure(470)
+        many = len(methods) > MANY
+        figure = svg.new_figure(550 if many else 470)
         axes = figure.add_subplot()
         for method in sorted(methods, key=lambda name: name == findings.POLICY):
             if method not in (findings.ALL_FULL, findings.ALL_STUDENT):
@@ -170,11 +176,18 @@ def pareto_plot(pareto: Pareto) -> Markup | None:
                     markeredgecolor=svg.CARD,
                     zorder=6,
                 )
+        if pareto.not_run:
+            by_reason: dict[str, list[str]] = {}
+            for name, why in pareto.not_run.items():
+                by_reason.setdefault(why, []).append(name)
+            text = "\n".join(f"not run: {_names(names)}\n({why})" for why, names in by_reason.items())
+            axes.set_ylim(top=1.15 * axes.get_ylim()[1])
+            axes.text(0.98, 0.98, text, transform=axes.transAxes, ha="right", va="top", color=svg.MUTED, fontsize=12)
         axes.set_xlabel("attention cost, % of full attention everywhere")
         axes.set_ylabel("latent error (relative RMSE)")
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         _plain(axes.yaxis)
-        _legend_below(axes, columns=3)
+        _legend_below(axes, columns=2 if many else 3)
         return svg.to_svg(figure, "pareto", f"Scatter plot: latent error over attention cost for {_names(methods)}.")
 
 

@@ -176,12 +176,16 @@ class ParetoPoint:
 
 @dataclass(frozen=True)
 class Pareto:
-    """Quality against cost on held-out prompts; ``student_cost`` is the cost of students everywhere."""
+    """Quality against cost on held-out prompts.
+
+    ``student_cost`` is the cost of students everywhere; ``not_run`` says of methods that are missing why they are.
+    """
 
     points: tuple[ParetoPoint, ...]
     prompts: tuple[str, ...] = ()
     student_cost: float | None = None
     teacher_retrieval: float | None = None
+    not_run: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

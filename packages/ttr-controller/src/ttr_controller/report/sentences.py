@@ -299,10 +299,10 @@ def routing_sentences(heatmap: Heatmap) -> list[str]:
 
 
 def learning_sentence(controller: Controller) -> str | None:
-    """Whether the reward rose."""
+    """Whether the reward rose; where there is none, whether the error on the validation prompts fell."""
     known = [(point.rollouts, point.reward) for point in controller.curve if point.reward is not None]
     if len(known) < 2:
-        return None
+        return _validation_sentence(controller)
     (_, first), (last_rollouts, last) = known[0], known[-1]
     verb = "rose" if last > first else "did not rise"
     text = f"The reward {verb}: {significant(first)} at the start, {significant(last)} after "
@@ -310,6 +310,19 @@ def learning_sentence(controller: Controller) -> str | None:
     if controller.target_full is not None:
         text += f" While learning, the policy aims at full attention in {percent(controller.target_full)} of the slots."
     return text
+
+
+def _validation_sentence(controller: Controller) -> str | None:
+    known = [(point.rollouts, point.validation_error) for point in controller.curve]
+    errors = [(rollouts, error) for rollouts, error in known if error is not None]
+    if len(errors) < 2:
+        return None
+    (_, first), (rollouts, last) = errors[0], errors[-1]
+    verb = "fell" if last < first else "did not fall"
+    return (
+        f"The error on the validation prompts {verb}: {significant(first)} with the first steps full, "
+        f"{significant(last)} after {count(rollouts, 'rollout')}."
+    )
 
 
 def honesty(results: Results) -> list[str]:

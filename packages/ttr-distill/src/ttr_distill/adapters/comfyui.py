@@ -83,7 +83,7 @@ class DistillHandler:
         self.session.begin_run(self.left)
         self._before = self.session.distiller.updates
         if self.reserve is not None:
-            self.reserve(self.session.reserve_bytes())
+            self.reserve(self.session.distiller.memory_bytes)
 
     def end_run(self) -> None:
         """Close it: save, and tell how far training has come."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from attn_dispatch import LayerKey
+from attn_dispatch.adapters.comfyui_blocks import names_blocks
 from torch import Tensor
 
 Streams = Literal["single", "all"]
@@ -73,7 +74,7 @@ def describe_model(patcher: Any) -> ComfyModel:
     network = getattr(patcher.model, "diffusion_model", None)
     family = type(network).__name__
     found = None if network is None else _blocks(network)
-    if found is None or not _names_blocks(type(network)):
+    if found is None or not names_blocks(network):
         raise ValueError(
             f"students need the name of the attention layer that calls, and this ComfyUI does not name the blocks of "
             f"{family}; use a Flux, Flux2, Chroma, HunyuanVideo, Qwen-Image, Z-Image or Wan model in a newer ComfyUI, "
@@ -101,13 +102,6 @@ def _blocks(network: Any) -> tuple[tuple[tuple[str, int], ...], int, int] | None
     if hasattr(network, "blocks") and hasattr(network, "num_heads") and hasattr(network, "dim"):
         return (("double", len(network.blocks)),), int(network.num_heads), int(network.dim) // int(network.num_heads)
     return None
-
-
-def _names_blocks(family: type) -> bool:
-    """Whether a network's code writes block names into its options, which older releases do not."""
-    functions = (value for base in family.__mro__ for value in vars(base).values())
-    codes = (getattr(function, "__code__", None) for function in functions)
-    return any("block_type" in code.co_consts for code in codes if code is not None)
 
 
 def _fingerprint(patcher: Any, network: Any, layers: tuple[LayerKey, ...], heads: int, width: int) -> str:

@@ -179,13 +179,6 @@ class DistillSession:
         self._distiller = None
         self._stamp = None
 
-    def reserve_bytes(self) -> int:
-        """Device memory that training needs beside the model, as far as it is known before a run."""
-        weights = sum(parameter.numel() for parameter in self.bank.parameters())
-        workspace = int(getattr(self.plan.student.settings, "workspace_bytes", 2**28))
-        # Weights, gradients and two moments; activations of one update beside its workspace.
-        return 4 * 4 * weights + 2 * workspace
-
     def progress(self) -> str:
         """How far training is, in a few words."""
         ready = sum(self.readiness.ready(layer) for layer in self.plan.layers)

@@ -4,7 +4,7 @@ from ttr_distill.student.attention import StudentAttention
 from ttr_distill.student.backend import StudentBackend
 from ttr_distill.student.bank import StudentBank
 from ttr_distill.student.feature_map import StudentFeatureMap
-from ttr_distill.student.feature_maps import FeatureMaps, MapRequest
+from ttr_distill.student.feature_map_catalog import FeatureMaps, MapRequest
 from ttr_distill.student.hkr import HkrConfig, HkrStudent
 from ttr_distill.student.joint import JointConfig, JointStudent
 from ttr_distill.student.near_far import NearFarStudent

@@ -1,10 +1,11 @@
 """What every student of an attention layer is."""
 
 from abc import abstractmethod
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from attn_dispatch import AttentionCall, TokenLayout
+from attn_kernels import strided_landmarks
 from torch import Tensor, nn
 
 
@@ -108,6 +109,37 @@ def required_layout(call: AttentionCall) -> TokenLayout:
     if call.layout is None:
         raise ValueError("a student needs the call's layout; ask refuses(call) first")
     return call.layout
+
+
+class LandmarkSettings(Protocol):
+    """How many image tokens are landmarks."""
+
+    @property
+    def landmark_fraction(self) -> float:
+        """Share of them, 0 to 1."""
+        ...
+
+    @property
+    def landmark_minimum(self) -> int:
+        """At least so many."""
+        ...
+
+    @property
+    def landmark_maximum(self) -> int:
+        """At most so many; 0 = no limit."""
+        ...
+
+
+def landmarks_of(layout: TokenLayout, settings: LandmarkSettings) -> Tensor:
+    """Return all text and reference tokens of a layout and image tokens at even distances, ``[M]`` int64, sorted."""
+    exact = [*layout.text, *((grid.start, grid.stop) for grid in layout.references)]
+    return strided_landmarks(
+        layout.length,
+        exact,
+        fraction=settings.landmark_fraction,
+        minimum=settings.landmark_minimum,
+        maximum=settings.landmark_maximum,
+    )
 
 
 def logit(probability: float) -> float:

@@ -5,6 +5,7 @@ from attn_dispatch import AttentionCall
 from torch import Tensor
 
 from ttr_distill.student.bank import StudentBank
+from ttr_distill.student.feature_map_gradient import native_products
 from ttr_distill.student.serving import ServingCopies
 
 
@@ -16,12 +17,15 @@ class StudentBackend:
 
     Args:
         bank: The students.
+        mixed_precision: Answer float32 calls by copies too, whose feature networks multiply in bfloat16, on devices
+            that multiply it faster than float32; features and sums over tokens stay float32.
     """
 
     name = "student"
 
-    def __init__(self, bank: StudentBank) -> None:
+    def __init__(self, bank: StudentBank, *, mixed_precision: bool = False) -> None:
         self.bank = bank
+        self.mixed_precision = mixed_precision
         self._copies = ServingCopies()
 
     def refuses(self, call: AttentionCall) -> str | None:
@@ -41,7 +45,10 @@ class StudentBackend:
         reason = self.refuses(call)
         if reason is not None or call.layer is None:
             raise ValueError(f"the student cannot answer this call: {reason}")
-        student = self._copies.get(call.layer, self.bank[call.layer], call.q.dtype)
+        dtype, widened = call.q.dtype, False
+        if self.mixed_precision and dtype is torch.float32:
+            dtype, widened = native_products(call.q.device) or dtype, True
+        student = self._copies.get(call.layer, self.bank[call.layer], dtype, products_only=widened)
         if student.training:
             student.eval()
         with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ttr_distill.grad import training_mode
 from ttr_distill.seeding import stream
 from ttr_distill.student.attention import StudentAttention
-from ttr_distill.student.feature_maps import FeatureMaps
+from ttr_distill.student.feature_map_catalog import FeatureMaps
 from ttr_distill.student.presets import StudentConfig, build_student
 from ttr_distill.student.serving import serving_copy
 

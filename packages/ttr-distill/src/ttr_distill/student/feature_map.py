@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ttr_distill.student.map_gradient import ROW_VALUES, mlp_features, native_products
+from ttr_distill.student.feature_map_gradient import ROW_VALUES, mlp_features, native_products
 
 MapDtype = Literal["float32", "bfloat16", "float16"]
 """Dtype of the matrix products in a feature map that serves."""
@@ -51,7 +51,13 @@ class StudentFeatureMap(nn.Module):
 
     Args:
         features: Number of features, F.
+
+    Attributes:
+        half_products: Whether a map whose weights are cast to half precision keeps features and sums over tokens in the
+            dtype of float32 queries and keys, so that only its products lose precision.
     """
+
+    half_products: bool = False
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -130,6 +136,7 @@ class KernelFeatureMap(StudentFeatureMap):
     ) -> None:
         super().__init__(validate_feature_dim(feature_dim))
         self.layers = layers
+        self.half_products = layers == 3
         self.hidden = max(head_width, (layers - 1) * feature_dim)
         self.head_width = head_width
         self.qk_norm = qk_norm

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import torch
 
-from ttr_distill.student.exp_map import ExpFeatureMap
+from ttr_distill.student.exp_feature_map import ExpFeatureMap
 from ttr_distill.student.feature_map import KernelFeatureMap, MapDtype, StudentFeatureMap, TrainingDtype
 
 

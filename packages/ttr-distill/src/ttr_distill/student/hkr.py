@@ -7,13 +7,13 @@ from typing import Literal
 
 import torch
 from attn_dispatch import AttentionCall, TokenLayout
-from attn_kernels import landmark_attention, strided_landmarks
+from attn_kernels import landmark_attention
 from attn_kernels.cost import exact_flops, kernel_regression_flops
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ttr_distill.grad import training_mode
-from ttr_distill.student.attention import StudentAttention, logit, required_layout
+from ttr_distill.student.attention import StudentAttention, landmarks_of, logit, required_layout
 from ttr_distill.student.blend import ConvexBlend, convex, modulated
 from ttr_distill.student.conditioner import SigmaCfgConditioner
 from ttr_distill.student.feature_map import KernelFeatureMap, MapDtype, TrainingDtype, validate_feature_dim
@@ -178,14 +178,6 @@ class HkrStudent(StudentAttention):
 @lru_cache(maxsize=64)
 def landmark_index(layout: TokenLayout, config: HkrConfig, device: torch.device) -> Tensor:
     """Return the landmark positions of a layout, ``[M]`` int64: all text and reference tokens, strided image tokens."""
-    exact = [*layout.text, *((grid.start, grid.stop) for grid in layout.references)]
     # Made outside inference mode: the cached tensor may be saved by autograd later.
     with training_mode():
-        index = strided_landmarks(
-            layout.length,
-            exact,
-            fraction=config.landmark_fraction,
-            minimum=config.landmark_minimum,
-            maximum=config.landmark_maximum,
-        )
-        return index.to(device)
+        return landmarks_of(layout, config).to(device)

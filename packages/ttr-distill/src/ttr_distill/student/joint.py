@@ -7,15 +7,15 @@ from typing import Literal, NamedTuple
 
 import torch
 from attn_dispatch import AttentionCall, TokenLayout
-from attn_kernels import Partial, landmark_attention, merge_partials, strided_landmarks, window_attention_2d
+from attn_kernels import Partial, landmark_attention, merge_partials, window_attention_2d
 from attn_kernels.cost import exact_flops, kernel_regression_flops, window_keys_2d
 from torch import Tensor, nn
 
 from ttr_distill.grad import training_mode
-from ttr_distill.student.attention import StudentAttention, required_layout
+from ttr_distill.student.attention import StudentAttention, landmarks_of, required_layout
 from ttr_distill.student.conditioner import SigmaCfgConditioner
 from ttr_distill.student.feature_map import MapDtype, TrainingDtype
-from ttr_distill.student.feature_maps import FeatureMaps, MapRequest
+from ttr_distill.student.feature_map_catalog import FeatureMaps, MapRequest
 
 
 @dataclass(frozen=True)
@@ -255,12 +255,5 @@ def _image_landmarks(layout: TokenLayout, config: JointConfig, image: Tensor) ->
     """Choose image tokens evenly, ``[M]`` int64."""
     if config.landmark_fraction == 0.0 and config.landmark_minimum == 0:
         return torch.zeros(0, dtype=torch.int64)
-    exact = [*layout.text, *((grid.start, grid.stop) for grid in layout.references)]
-    index = strided_landmarks(
-        layout.length,
-        exact,
-        fraction=config.landmark_fraction,
-        minimum=config.landmark_minimum,
-        maximum=config.landmark_maximum,
-    )
+    index = landmarks_of(layout, config)
     return index[image[index]]

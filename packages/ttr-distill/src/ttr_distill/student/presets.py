@@ -9,7 +9,7 @@ import torch
 from attn_kernels import NearFarConfig
 
 from ttr_distill.student.attention import StudentAttention
-from ttr_distill.student.feature_maps import FeatureMaps
+from ttr_distill.student.feature_map_catalog import FeatureMaps
 from ttr_distill.student.hkr import HkrConfig, HkrStudent
 from ttr_distill.student.joint import JointConfig, JointStudent
 from ttr_distill.student.near_far import NearFarStudent

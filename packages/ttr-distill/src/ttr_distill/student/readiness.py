@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from attn_dispatch import AttentionCall, LayerKey
@@ -14,6 +14,9 @@ _L2_TO_COSINE = 8.0
 
 For a student of the right length it is about twice the cosine distance. A student of the wrong length can have none.
 """
+
+_LATER = frozenset({"image_error", "image_limit"})
+"""Fields that the state of a layer may lack: it was saved before they were there."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class ReadinessConfig:
         minimum_updates: Held-out measurements before a student can be ready.
         ema_decay: Weight of the past when a flush adds the mean of the new measurements.
         flush_every: Measurements of one layer after which it flushes without waiting for the end of the run.
+        image_limit: A student serves only if an image drawn with it was measured, too, and lies no farther from the
+            exact one than this (relative L2 distance of the latents; see ``gate_on_images``). ``None`` = the limit
+            under which saved students were measured, if there was one, else images are not asked for; ``inf`` = they
+            are not asked for, whatever was saved.
     """
 
     threshold: float = 0.005
@@ -41,6 +48,7 @@ class ReadinessConfig:
     minimum_updates: int = 24
     ema_decay: float = 0.9
     flush_every: int = 20
+    image_limit: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.threshold <= self.partial_threshold < math.inf:
@@ -55,6 +63,8 @@ class ReadinessConfig:
             raise ValueError(
                 f"need minimum_updates >= 0 and flush_every >= 1, got {self.minimum_updates} and {self.flush_every}"
             )
+        if self.image_limit is not None and not self.image_limit > 0.0:
+            raise ValueError(f"image_limit must be positive or None, got {self.image_limit}")
 
 
 @dataclass
@@ -67,6 +77,9 @@ class LayerReadiness:
         ema_relative_l2: Moving mean of the relative L2 distance.
         level: ``"unready"``, ``"partial"`` or ``"ready"``.
         pending: ``(cosine, relative_l2)`` measured since the last flush.
+        image_error: How far an image lies from the exact one when this student serves with all that are closer to the
+            teacher than it; ``None`` = not measured since the student was exchanged or unready.
+        image_limit: Largest ``image_error`` with which the student serves, of a saved state; ``None`` = any.
     """
 
     updates: int = 0
@@ -74,6 +87,8 @@ class LayerReadiness:
     ema_relative_l2: float | None = None
     level: Level = "unready"
     pending: list[tuple[float, float]] = field(default_factory=list)
+    image_error: float | None = None
+    image_limit: float | None = None
 
 
 class ReadinessTracker:
@@ -112,12 +127,41 @@ class ReadinessTracker:
         state.pending.clear()
         state.ema_cosine, state.ema_relative_l2 = float(cosine), float(relative_l2)
         state.level = "unready"
+        state.image_error = None
+        self._refresh(state)
+
+    def observe_image(self, layer: LayerKey, error: float) -> None:
+        """Take over how far an image drawn with the student of a layer lies from the exact one.
+
+        Args:
+            layer: Which layer.
+            error: Relative L2 distance of the latents.
+        """
+        state = self._layers.setdefault(layer, LayerReadiness())
+        state.image_error = float(error)
         self._refresh(state)
 
     def level(self, layer: LayerKey) -> Level:
         """Return how far the layer may serve; a layer never measured is ``"unready"``."""
+        return "unready" if self.image_refusal(layer) is not None else self.distance_level(layer)
+
+    def distance_level(self, layer: LayerKey) -> Level:
+        """Return how far the layer may serve by its held-out distances alone."""
         state = self._layers.get(layer)
         return "unready" if state is None else state.level
+
+    def image_refusal(self, layer: LayerKey) -> str | None:
+        """Say why images keep the layer from serving; ``None`` if they do not, or are not asked for."""
+        state = self._layers.get(layer, LayerReadiness())
+        limit = self._image_limit(state)
+        if limit is None or limit == math.inf:
+            return None
+        if state.image_error is None:
+            return "no image drawn with the student of this layer was measured"
+        # Not the other way round: a comparison with NaN is false.
+        if state.image_error <= limit:
+            return None
+        return "an image drawn with the student of this layer was too far from the exact one"
 
     def ready(self, layer: LayerKey, *, partial: bool = False) -> bool:
         """Return whether the layer may serve; with ``partial`` the weaker level is enough."""
@@ -129,7 +173,8 @@ class ReadinessTracker:
         return tuple(sorted(self._layers))
 
     def __getitem__(self, layer: LayerKey) -> LayerReadiness:
-        return self._layers.get(layer, LayerReadiness())
+        """Return what is known of a layer, with the level that it may serve at."""
+        return replace(self._layers.get(layer, LayerReadiness()), level=self.level(layer))
 
     def state_dict(self) -> dict[str, object]:
         """Return everything but the settings as JSON values."""
@@ -140,6 +185,8 @@ class ReadinessTracker:
                 "ema_relative_l2": _to_json(state.ema_relative_l2),
                 "level": state.level,
                 "pending": [[_to_json(cosine), _to_json(l2)] for cosine, l2 in state.pending],
+                "image_error": _to_json(state.image_error),
+                "image_limit": _to_json(self._image_limit(state)),
             }
             for layer, state in sorted(self._layers.items())
         }
@@ -152,7 +199,8 @@ class ReadinessTracker:
         """
         layers: dict[LayerKey, LayerReadiness] = {}
         for name, entry in state.items():
-            if not isinstance(entry, Mapping) or set(entry) != set(LayerReadiness.__dataclass_fields__):
+            known = set(LayerReadiness.__dataclass_fields__)
+            if not isinstance(entry, Mapping) or not known - _LATER <= set(entry) <= known:
                 raise ValueError(f"readiness of layer {name} does not have the known fields: {entry}")
             one = LayerReadiness(
                 updates=int(entry["updates"]),
@@ -160,6 +208,8 @@ class ReadinessTracker:
                 ema_relative_l2=_from_json(entry["ema_relative_l2"]),
                 level=entry["level"],
                 pending=[(_number(cosine), _number(l2)) for cosine, l2 in entry["pending"]],
+                image_error=_from_json(entry.get("image_error")),
+                image_limit=_from_json(entry.get("image_limit")),
             )
             self._refresh(one)
             layers[LayerKey.parse(name)] = one
@@ -190,6 +240,12 @@ class ReadinessTracker:
             state.level = "partial"
         else:
             state.level = "unready"
+        if state.level == "unready":
+            # What learns again until it is ready once more has to be measured once more.
+            state.image_error = None
+
+    def _image_limit(self, state: LayerReadiness) -> float | None:
+        return state.image_limit if self.config.image_limit is None else self.config.image_limit
 
     def _within(self, state: LayerReadiness, limit: float, *, held: bool) -> bool:
         if state.ema_cosine is None or state.ema_relative_l2 is None:
@@ -217,6 +273,10 @@ class ReadyGuard:
             return "the host does not name its layers"
         if self.readiness.ready(call.layer, partial=self.partial):
             return None
+        if self.readiness.distance_level(call.layer) != "unready":
+            refusal = self.readiness.image_refusal(call.layer)
+            if refusal is not None:
+                return refusal
         return "the student of this layer is not ready"
 
 

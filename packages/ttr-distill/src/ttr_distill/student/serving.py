@@ -40,18 +40,22 @@ class ServingCopies:
     def __init__(self) -> None:
         self._copies: dict[LayerKey, tuple[torch.dtype, Version, StudentAttention]] = {}
 
-    def get(self, layer: LayerKey, student: StudentAttention, dtype: torch.dtype) -> StudentAttention:
+    def get(
+        self, layer: LayerKey, student: StudentAttention, dtype: torch.dtype, *, products_only: bool = False
+    ) -> StudentAttention:
         """Return what should answer a call.
 
         Args:
             layer: Which layer the student is of.
             student: The student with the weights that learn.
-            dtype: Dtype of the call.
+            dtype: Dtype of the feature maps: that of the call, or half precision for a call that has more.
+            products_only: The call has more, so that only maps whose products alone would be half may be cast.
 
         Returns:
             A copy in ``dtype`` for half precision if the student has a feature map, else the student itself.
         """
-        if dtype not in _HALF or not any(isinstance(module, StudentFeatureMap) for module in student.modules()):
+        maps = [module for module in student.modules() if isinstance(module, StudentFeatureMap)]
+        if dtype not in _HALF or not maps or (products_only and not all(one.half_products for one in maps)):
             return student
         version = _version(student)
         kept = self._copies.get(layer)

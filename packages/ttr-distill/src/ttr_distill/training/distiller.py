@@ -15,10 +15,11 @@ from ttr_distill.student.backend import StudentBackend
 from ttr_distill.student.bank import StudentBank
 from ttr_distill.student.readiness import ReadinessTracker
 from ttr_distill.training.capture import CaptureConfig, capture, redraw
-from ttr_distill.training.forms import keep_better_form
+from ttr_distill.training.form_choice import keep_better_form
 from ttr_distill.training.layer import LayerState, LayerTraining
 from ttr_distill.training.memory import is_out_of_memory
 from ttr_distill.training.replay import ReplayBuffer, ReplaySample
+from ttr_distill.training.reservation import training_bytes
 from ttr_distill.training.state import SavedState, integer, load_replay, mapping, replay_state
 from ttr_distill.training.steps import StepDraw
 from ttr_distill.training.update import UpdateConfig
@@ -148,6 +149,12 @@ class Distiller:
         limit = self.config.maximum_updates
         off = bool(self._layers) and all(self._off(layer) for layer in self.layers)
         return self._error is None and not off and (limit is None or self.updates < limit)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory that the next run is estimated to need for training: what a host can be asked for before it."""
+        newest = (self.replay.samples() or (None,))[-1]
+        return training_bytes(self.bank, newest, averaged=self.config.update.average_decay > 0.0)
 
     def __call__(self, call: AttentionCall, native: NativeAttention) -> Tensor:
         """Answer a call, ``[B, H, Nq, Dv]``, with ``native`` or, in a preview, with a ready student."""
