@@ -166,13 +166,14 @@ def _attend_grids(tiled: _Tiled, expanded: Tensor, plan: _Plan, out: Tensor, lse
     """Answer all queries of the grids.
 
     Args:
-        tiled: Heads in tile order.
+        tiled: Heads in tile order; its queries are overwritten.
         expanded: ``[H, T, L]`` int64, the tiles that each query tile sees token by token; T = none.
         plan: What all heads share.
         out: ``[H, N, Dv]``, written at the places of the grids.
         lse: ``[H, N]``, written likewise.
     """
-    tile_out = torch.empty_like(tiled.queries)
+    # Answers take the place of the queries they answer, which nobody reads again.
+    tile_out = tiled.queries
     tile_lse = tile_out.new_empty(tile_out.shape[:-1])
     blocks = _blocks(tiled, expanded.shape[-1])
     # One buffer for all blocks: touching fresh memory for each would cost as much as the gather.
