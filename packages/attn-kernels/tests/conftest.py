@@ -9,7 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import attn_kernels
 import pytest
@@ -28,6 +28,18 @@ from torch import Tensor
 Grids = Sequence[TokenGrid]
 Run = Callable[[str], Partial]
 EVERY_IMPL = ("reference", "blocked", "fused")
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill new memory with NaN, so that a place that no program writes shows."""
+
+    def empty(tensor: Tensor, *sizes: Any, **options: Any) -> Tensor:
+        shape = sizes[0] if isinstance(sizes[0], torch.Size) else sizes
+        dtype = options.get("dtype", tensor.dtype)
+        return tensor.new_full(shape, torch.nan if dtype.is_floating_point else 0, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", empty)
 
 
 @dataclass(frozen=True)

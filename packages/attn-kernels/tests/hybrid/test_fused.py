@@ -11,21 +11,11 @@ HERE = "cpu" if refuse_fused("fused", torch.empty(0)) is None else "cuda"
 if HERE == "cuda" and not torch.cuda.is_available():
     pytest.skip("needs Triton's interpreter or a GPU", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("poison")
+
 GRIDS = (TokenGrid(5, 9, 13), TokenGrid(124, 3, 4))
 LENGTH = 139
 DTYPES = [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Fill new memory with NaN, so that a place that no program writes shows."""
-
-    def empty(tensor, *sizes, **options):
-        shape = sizes[0] if isinstance(sizes[0], torch.Size) else sizes
-        dtype = options.get("dtype", tensor.dtype)
-        return tensor.new_full(shape, torch.nan if dtype.is_floating_point else 0, **options)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", empty)
 
 
 def draw(batch, heads, queries, keys, width, columns, dtype=torch.float32, std=1.5):
