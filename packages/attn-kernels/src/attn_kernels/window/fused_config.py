@@ -44,7 +44,8 @@ def window_launch(target: Target, dtype: torch.dtype, width: int, masked: bool, 
     if dtype is torch.float32:
         # Products in full float32 run on the ordinary cores, which keep whole operands in registers.
         if series:
-            return WindowLaunch(4, 8 if width <= 64 else 4, 16, 8, 1)
+            many = width <= 64 and target not in ("sm100", "sm120")
+            return WindowLaunch(4, 8 if many else 4, 16, 8, 1)
         if width > 128:
             return WindowLaunch(4, 4, 16, 8 if target == "sm80" else 4, 1)
         return WindowLaunch(4, 8, 16, 8, 1) if width > 64 else WindowLaunch(4, 8, 32, 4, 1)
