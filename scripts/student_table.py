@@ -208,8 +208,8 @@ def measure(size: Size, names: tuple[str, ...]) -> list[Row]:
 def show(row: Row) -> None:
     """Print a row as soon as it is known."""
     print(
-        f"{row.tokens:6}{row.student:>22}{row.updates:5} updates  cosine {row.cosine_distance:.5f}"
-        f"  worst {row.worst_layer:.5f}  L2 {row.relative_l2:.4f}  FLOPs {row.flops_share:7.2f}x"
+        f"{row.tokens:6}{row.student:>22}{row.updates:5} updates  cosine {row.cosine_distance:z.5f}"
+        f"  worst {row.worst_layer:z.5f}  L2 {row.relative_l2:.4f}  FLOPs {row.flops_share:7.2f}x"
         f"  {row.milliseconds:8.2f} ms  sdpa {row.sdpa_milliseconds:8.2f} ms  trained {row.training_seconds:6.1f} s",
         flush=True,
     )
@@ -226,7 +226,7 @@ def markdown(rows: list[Row]) -> str:
         for tokens in sizes:
             found = [row for row in rows if (row.student, row.tokens) == (name, tokens)]
             cells.append(
-                f"{found[0].cosine_distance:.5f} / {found[0].relative_l2:.3f} / {found[0].flops_share:.2f} / "
+                f"{found[0].cosine_distance:z.5f} / {found[0].relative_l2:.3f} / {found[0].flops_share:.2f} / "
                 f"{found[0].milliseconds / found[0].sdpa_milliseconds:.2f}"
                 if found
                 else "-"

@@ -86,7 +86,9 @@ def test_a_run_learns_saves_and_tells(model: FakeModelPatcher, tmp_path: Path) -
     assert told[0] == "1 updates, 0 of 3 layers ready", "while it goes on"
     assert told[-1].startswith(f"{session.distiller.updates} updates, 3 of 3 layers ready, loss ")
     assert session.loss == mean_loss(read_metrics(tmp_path / "students" / METRICS))
-    assert freed == [training_bytes(session.bank, None)], "once, before the run, when no call was seen yet"
+    assert freed == [training_bytes(session.bank, None, session.distiller.config.update)], (
+        "once, before the run, when no call was seen yet"
+    )
     sample(model, DistillHandler(session, 100, reserve=freed.append))
     assert freed[0] > freed[1] > 12 * sum(value.numel() for value in before.values()) / 3
     assert len(freed) == 2

@@ -8,6 +8,7 @@ from attn_dispatch import AttentionCall, LayerKey
 from torch import Tensor
 from ttr_distill.grad import training_mode
 from ttr_distill.student.attention import StudentAttention
+from ttr_distill.student.key_draw import KeyDraw
 from ttr_distill.student.presets import build_student, preset
 from ttr_distill.training.capture import CaptureConfig, capture
 from ttr_distill.training.loss import DistillLoss
@@ -39,15 +40,17 @@ def learnt(make_call: CallMaker, native: Native) -> Learn:
         assert found is not None
         return found
 
-    def learn(name: str, updates: int, calls: int, **settings: object) -> tuple[float, float, float]:
+    def learn(name: str, updates: int, calls: int, keys: int = 0, **settings: object) -> tuple[float, float, float]:
         config = UpdateConfig(learning_rate=5e-3)
         with training_mode():
             student = build_student(preset(name, **settings), 2, 16, generator=torch.Generator().manual_seed(0)).eval()
             loss = DistillLoss()
             optimizer = make_optimizer(student, loss, config)
             samples = [sample(number, student) for number in range(calls)]
+            draw = KeyDraw(keys, torch.Generator().manual_seed(0)) if keys else None
             results = [
-                update_student(student, loss, optimizer, samples[number % calls], config) for number in range(updates)
+                update_student(student, loss, optimizer, samples[number % calls], config, key_draw=draw)
+                for number in range(updates)
             ]
             heldout, _ = measure_heldout(student, sample(99, student))
         assert not any(result.skipped for result in results)
@@ -70,3 +73,9 @@ def test_half_precision_products_learn_as_well_as_float32(learnt: Learn) -> None
     exact, half = (learnt("hkr", 12, 4, training_dtype=products)[2] for products in ("float32", "bfloat16"))
     assert half == pytest.approx(exact, rel=0.05)
     assert half != exact
+
+
+def test_a_quarter_of_the_keys_teaches_nearly_as_much_as_all(learnt: Learn) -> None:
+    untrained, whole, drawn = (learnt("hkr", updates, 4, keys)[2] for updates, keys in ((1, 0), (40, 0), (40, 64)))
+    assert untrained - drawn > 0.9 * (untrained - whole) > 0.1
+    assert drawn != whole

@@ -34,7 +34,9 @@ def trained(state: LayerTraining, call: AttentionCall, target: Tensor, updates: 
             state.measure(sample)
 
 
-@pytest.mark.parametrize("config", [UpdateConfig(), UpdateConfig(average_decay=0.5, schedule="cosine")])
+@pytest.mark.parametrize(
+    "config", [UpdateConfig(), UpdateConfig(key_count=16), UpdateConfig(average_decay=0.5, schedule="cosine")]
+)
 def test_a_layer_goes_on_where_it_was(make_call: CallMaker, native: Native, config: UpdateConfig) -> None:
     call = make_call(0)
     whole, half = started(config), started(config)
@@ -48,6 +50,17 @@ def test_a_layer_goes_on_where_it_was(make_call: CallMaker, native: Native, conf
     for name, value in whole.tensors().items():
         assert torch.equal(value, resumed.tensors()[name]), name
     assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("key_count", [16, 0])
+def test_every_update_draws_its_keys_from_the_stream_of_the_layer(
+    make_call: CallMaker, native: Native, key_count: int
+) -> None:
+    state, call = started(UpdateConfig(key_count=key_count)), make_call(0)
+    before = state.generators["keys"].get_state()
+    trained(state, call, native(call), 1)
+    after = state.generators["keys"].get_state()
+    assert torch.equal(before, after) == (key_count == 0)
 
 
 def test_streams_belong_to_the_seed_the_layer_and_the_worker() -> None:

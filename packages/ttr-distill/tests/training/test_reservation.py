@@ -60,39 +60,43 @@ def peak_of_an_update(bank: StudentBank, sample: ReplaySample, config: UpdateCon
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize(("batch", "heads", "width", "side"), [(2, 4, 32, 24), (1, 2, 64, 32)])
+@pytest.mark.parametrize(
+    ("batch", "heads", "width", "side", "key_count"), [(2, 4, 32, 24, 0), (1, 2, 64, 32, 0), (1, 2, 64, 32, 256)]
+)
 def test_the_estimate_is_between_the_peak_and_twice_the_peak(
-    name: str, batch: int, heads: int, width: int, side: int
+    name: str, batch: int, heads: int, width: int, side: int, key_count: int
 ) -> None:
     bank = new_bank(name, heads, width)
     sample = new_sample(bank, batch, side)
-    peak = peak_of_an_update(bank, sample, UpdateConfig())
-    estimate = training_bytes(bank, sample)
+    config = UpdateConfig(key_count=key_count)
+    peak = peak_of_an_update(bank, sample, config)
+    estimate = training_bytes(bank, sample, config)
     assert peak <= estimate <= 2 * peak + 2**20, f"{peak / 2**20:.1f} MiB, estimated {estimate / 2**20:.1f}"
 
 
 def test_the_estimate_follows_the_workspace_and_the_average() -> None:
     bank, small = new_bank("hkr", 2, 32), new_bank("hkr", 2, 32, workspace_bytes=2**20)
-    sample = new_sample(bank, 1, 64)
-    whole = training_bytes(bank, sample)
-    less = training_bytes(small, sample)
+    sample, config = new_sample(bank, 1, 64), UpdateConfig(key_count=0)
+    whole = training_bytes(bank, sample, config)
+    less = training_bytes(small, sample, config)
     assert less < 0.8 * whole
-    assert peak_of_an_update(small, sample, UpdateConfig()) <= less
-    averaged = training_bytes(bank, sample, averaged=True)
+    assert peak_of_an_update(small, sample, config) <= less
+    averaged = training_bytes(bank, sample, replace(config, average_decay=0.9))
     assert averaged - whole == 4 * sum(weight.numel() for weight in bank.parameters())
 
 
 def test_unknown_sizes_are_those_of_the_workspace() -> None:
-    few, many = (training_bytes(new_bank("hkr", 4, 32, workspace_bytes=size), None) for size in (2**20, 2**24))
+    config = UpdateConfig()
+    few, many = (training_bytes(new_bank("hkr", 4, 32, workspace_bytes=size), None, config) for size in (2**20, 2**24))
     assert many - few == 2 * (2**24 - 2**20)
-    assert training_bytes(new_bank("near_far", 4, 32), None) > 0
+    assert training_bytes(new_bank("near_far", 4, 32), None, config) > 0
 
 
 def test_half_precision_and_held_out_queries_do_not_shrink_the_estimate() -> None:
-    bank = new_bank("near_far", 2, 64)
+    bank, config = new_bank("near_far", 2, 64), UpdateConfig()
     sample = new_sample(bank, 1, 24)
     half = replace(sample, k=sample.k.half(), v=sample.v.half(), trainable=False)
-    assert training_bytes(bank, half) == training_bytes(bank, sample), "updates are in float32"
+    assert training_bytes(bank, half, config) == training_bytes(bank, sample, config), "updates are in float32"
 
 
 def test_nothing_is_reserved_on_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,12 +239,11 @@ def open_session(
 
 
 def _student(name: str, settings: Sequence[str]) -> StudentConfig:
-    from ttr_distill.student import StudentConfig
+    from ttr_distill.student import StudentConfig, preset
 
     from ttr_controller.pipeline.settings import RunError
-    from ttr_controller.pipeline.workbench import student_config
 
-    values = student_config(name).to_dict()
+    values = preset(name).to_dict()
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator or key not in values or key == "preset":

@@ -10,7 +10,7 @@ from attn_kernels import cosine_distance
 from torch import Tensor
 from ttr_distill.student import StudentBank, preset
 
-from ttr_controller.pipeline.workbench import Students, Tick, Workbench, student_config
+from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 
 PLAIN = "near_far, no chosen tiles"
 PLAIN_SMALL = "near_far, no chosen tiles, tiles of 2 x 2"
@@ -68,7 +68,7 @@ def measure_fidelity(bench: Workbench, students: Students, tick: Tick) -> None:
     variants = {
         (PLAIN, "before"): bench.new_bank(preset("near_far", top_k=0)),
         (PLAIN_SMALL, "before"): bench.new_bank(preset("near_far", top_k=0, tile=2)),
-        ("near_far", "before"): bench.new_bank(student_config("near_far")),
+        ("near_far", "before"): bench.new_bank(preset("near_far")),
         (preset_name, "after"): students.bank,
     }
     if preset_name != "near_far":
@@ -96,7 +96,16 @@ def measure_fidelity(bench: Workbench, students: Students, tick: Tick) -> None:
     bench.run.record("fidelity", {"tokens": tokens, "prompts": prompts, "rows": rows}, time.perf_counter() - start)
 
 
+def worst_cosine_distance(rows: list[dict[str, object]], variant: str, when: str) -> float:
+    """Largest over the layers of one variant's cosine distance."""
+    return max(_cosine_distances(rows, variant, when))
+
+
 def mean_cosine_distance(rows: list[dict[str, object]], variant: str, when: str) -> float:
     """Mean over the layers of one variant's cosine distance."""
-    values = [float(str(row["cosine_distance"])) for row in rows if row["variant"] == variant and row["when"] == when]
+    values = _cosine_distances(rows, variant, when)
     return sum(values) / len(values)
+
+
+def _cosine_distances(rows: list[dict[str, object]], variant: str, when: str) -> list[float]:
+    return [float(str(row["cosine_distance"])) for row in rows if (row["variant"], row["when"]) == (variant, when)]

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from attn_dispatch import AttentionHandler, AttentionRouter, DispatchReport
-from ttr_distill.student import StudentBank
+from ttr_distill.student import StudentBank, preset
 from ttr_distill.tiny import TinySampler, heldout_prompts
 
 from ttr_controller.pipeline.settings import Plan
-from ttr_controller.pipeline.workbench import Students, Tick, Workbench, student_config
+from ttr_controller.pipeline.workbench import Students, Tick, Workbench
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def measure_times(bench: Workbench, students: Students, tick: Tick) -> None:
     repeats = bench.plan().timing_repeats
     variants: dict[str, StudentBank | None] = {"exact": None, bench.run.settings.preset: students.bank}
     if "near_far" not in variants:
-        variants["near_far"] = bench.new_bank(student_config("near_far"))
+        variants["near_far"] = bench.new_bank(preset("near_far"))
     timings = []
     for side in bench.run.settings.timing_sides:
         sampler = TinySampler(bench.teacher, rows=side, columns=side, steps=2, guidance=1.0)

@@ -8,6 +8,7 @@ from ttr_controller.pipeline.layer_fidelity import (
     NEAR_FAR_LIMIT,
     PLAIN_SMALL,
     mean_cosine_distance,
+    worst_cosine_distance,
 )
 from ttr_controller.pipeline.run_directory import Json, RunDirectory
 
@@ -25,8 +26,8 @@ def judge(run: RunDirectory) -> list[Json]:
             NEAR_FAR_LIMIT,
         ),
         _at_most(
-            "mean cosine distance of near-far with tiles of 4 x 4 and ten chosen tiles, before training",
-            mean_cosine_distance(rows, "near_far", "before"),
+            "cosine distance of near-far with tiles of 4 x 4 and chosen ones, worst layer, before training",
+            worst_cosine_distance(rows, "near_far", "before"),
             CHOSEN_TILES_LIMIT,
         ),
         _training_helps(rows, run.settings.preset),

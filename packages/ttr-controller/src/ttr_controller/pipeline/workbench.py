@@ -23,8 +23,6 @@ Tick = Callable[[float], None]
 
 PROMPT_SEED = 1_000
 HELDOUT_SEED = 2_000
-CHOSEN_TILES = 10
-"""Far tiles of 4 x 4 that stay exact: eight leave a mean cosine distance of .0019 on held-out prompts, ten of .0016."""
 
 
 @dataclass
@@ -58,7 +56,7 @@ class Workbench:
         sampler = DifferentiableTinySampler(
             teacher, rows=settings.rows, columns=settings.columns, steps=settings.steps, guidance=settings.guidance
         )
-        bench = cls(run, teacher, sampler, student_config(settings.preset))
+        bench = cls(run, teacher, sampler, preset(settings.preset))
         if not run.has("teacher"):
             run.record("teacher", bench._teacher_facts())
         elif run.section("teacher").get("fingerprint") != teacher.fingerprint:
@@ -129,11 +127,6 @@ class Workbench:
         """Held-out prompts and seeds; neither is ever used to distil or to learn routing."""
         prompts = heldout_prompts()
         return [prompts[i % len(prompts)] for i in range(count)], [HELDOUT_SEED + i for i in range(count)]
-
-
-def student_config(name: str) -> StudentConfig:
-    """Settings of the students of a run with this preset."""
-    return preset(name, top_k=CHOSEN_TILES) if name == "near_far" else preset(name)
 
 
 def spare_threads() -> int:

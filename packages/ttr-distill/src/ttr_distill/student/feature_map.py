@@ -3,17 +3,19 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Literal
 
 import torch
-from attn_kernels import MlpFeatureMap, Partial, feature_map_attention, kernel_regression
+from attn_kernels import MlpFeatureMap, Partial, feature_map_attention, kernel_regression, merge_partials
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ttr_distill.student.feature_map_gradient import ROW_VALUES, mlp_features, native_products
+from ttr_distill.student.feature_map_gradient import ROW_VALUES, mlp_features, mlp_features_alone, native_products
+from ttr_distill.student.key_draw import KeyDraw, KeyParts, weighted
 
 MapDtype = Literal["float32", "bfloat16", "float16"]
 """Dtype of the matrix products in a feature map that serves."""
@@ -55,9 +57,11 @@ class StudentFeatureMap(nn.Module):
     Attributes:
         half_products: Whether a map whose weights are cast to half precision keeps features and sums over tokens in the
             dtype of float32 queries and keys, so that only its products lose precision.
+        key_draw: While an update runs, which keys teach it; ``None`` = all. A map may leave it unread.
     """
 
     half_products: bool = False
+    key_draw: KeyDraw | None = None
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -93,6 +97,19 @@ class StudentFeatureMap(nn.Module):
     def learns(self) -> bool:
         """Tell whether an answer now would be differentiated with respect to the weights."""
         return torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters())
+
+
+@contextmanager
+def drawing_keys(student: nn.Module, draw: KeyDraw | None) -> Iterator[None]:
+    """Within this context the feature maps of a student learn from the keys that are drawn."""
+    maps = [module for module in student.modules() if isinstance(module, StudentFeatureMap)]
+    for one in maps:
+        one.key_draw = draw
+    try:
+        yield
+    finally:
+        for one in maps:
+            one.key_draw = None
 
 
 class KernelFeatureMap(StudentFeatureMap):
@@ -167,16 +184,48 @@ class KernelFeatureMap(StudentFeatureMap):
         The shapes are q ``[B, H, Nq, D]``, k ``[B, H, Nk, D]``, v ``[B, H, Nk, Dv]`` and key_mask ``[B, Nk]``; see
         ``StudentFeatureMap.attend``.
         """
-        tokens = q.shape[0] * (q.shape[2] + k.shape[2])
-        size = 4 * tokens * (ROW_VALUES * self.hidden + 3 * self.features)
+        draws = self.layers == 3 and self.training and self.learns() and k.dtype is self.phi_net_k[0].weight.dtype
+        draw = self.key_draw if draws else None
+        keys = None if draw is None else draw.split(k.shape[2], k.device)
+        rest = 0 if keys is None else keys.rest.numel()
+        taught, features = q.shape[2] + k.shape[2] - rest, self.features
+        size = 4 * q.shape[0] * (taught * (ROW_VALUES * self.hidden + 3 * features) + 2 * rest * features)
         if self.learns() and size * q.shape[1] <= self.workspace_bytes:
+            if keys is not None:
+                return self._attend_drawn(q, k, v, key_mask, eps, keys)
             return kernel_regression(self.query(q), self.key(k), v, key_mask=key_mask, eps=eps)
         if self.layers == 3:
-            maps = self._as_map(self.phi_net_q, self.query_norm), self._as_map(self.phi_net_k)
-            products = self._training_dtype(q) if self.learns() and self.training else self._serving_dtype(q)
-            return feature_map_attention(q, k, v, *maps, key_mask=key_mask, eps=eps, map_dtype=products)
+            return self._attend_chunked(q, k, v, key_mask, eps, keys)
         parts = [self._part(q, k, v, key_mask, eps, heads) for heads in self._head_groups(size, q.shape[1])]
         return Partial(torch.cat([part.out for part in parts], dim=1), torch.cat([part.lse for part in parts], dim=1))
+
+    def _attend_drawn(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, eps: float, keys: KeyParts
+    ) -> Partial:
+        net, products = tuple(self.phi_net_k.parameters()), self._training_dtype(k)
+        x = k.index_select(2, keys.rest)
+        constant = mlp_features_alone(x, net, normalise=self.qk_norm, norm_eps=self.eps, products=products)
+        drawn = weighted(self.key(k.index_select(2, keys.drawn)), keys.weight)
+        queries, parts = self.query(q), []
+        for features, index in ((drawn, keys.drawn), (constant, keys.rest)):
+            mask = None if key_mask is None else key_mask.index_select(1, index)
+            parts.append(kernel_regression(queries, features, v.index_select(2, index), key_mask=mask, eps=eps))
+        return merge_partials(*parts)
+
+    def _attend_chunked(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, eps: float, keys: KeyParts | None
+    ) -> Partial:
+        products = self._training_dtype(q) if self.learns() and self.training else self._serving_dtype(q)
+        answer = partial(feature_map_attention, eps=eps, map_dtype=products)
+        map_q = self._as_map(self.phi_net_q, self.query_norm)
+        if keys is None:
+            return answer(q, k, v, map_q, self._as_map(self.phi_net_k), key_mask=key_mask)
+        parts = []
+        for index, weight in ((keys.drawn, keys.weight), (keys.rest, 0.0)):
+            map_k = self._as_map(self.phi_net_k, weight=weight)
+            mask = None if key_mask is None else key_mask.index_select(1, index)
+            parts.append(answer(q, k.index_select(2, index), v.index_select(2, index), map_q, map_k, key_mask=mask))
+        return merge_partials(*parts)
 
     def _part(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, eps: float, heads: slice) -> Partial:
         def run(q: Tensor, k: Tensor, v: Tensor) -> Partial:
@@ -190,8 +239,8 @@ class KernelFeatureMap(StudentFeatureMap):
         for first in range(0, heads, group):
             yield slice(first, min(heads, first + group))
 
-    def _as_map(self, net: nn.Sequential, norm: bool = True) -> MlpFeatureMap:
-        w1, b1, w2, b2, w3, b3 = net.parameters()
+    def _as_map(self, net: nn.Sequential, norm: bool = True, weight: float = 1.0) -> MlpFeatureMap:
+        w1, b1, w2, b2, w3, b3 = (weighted(parameter, weight) for parameter in net.parameters())
         return MlpFeatureMap(w1, b1, w2, b2, w3, b3, self.qk_norm and norm, self.eps)
 
     def _serving_dtype(self, x: Tensor) -> torch.dtype | None:

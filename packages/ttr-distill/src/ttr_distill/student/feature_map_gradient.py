@@ -10,6 +10,8 @@ from torch.nn import functional
 
 ROW_VALUES = 4
 """Values of the hidden width that are kept per token until the backward pass: two before and two after the SiLU."""
+_CPU_ROWS = 512
+"""Tokens that are mapped at a time without gradient on a CPU."""
 
 
 def mlp_features(
@@ -33,6 +35,29 @@ def mlp_features(
     rows = x.reshape(-1, x.shape[-1])
     features: Tensor = _MlpFeatures.apply(rows, *weights, normalise, norm_eps, products or x.dtype)  # type: ignore[no-untyped-call]
     return features.view(*x.shape[:-1], features.shape[-1])
+
+
+def mlp_features_alone(
+    x: Tensor, weights: Sequence[Tensor], *, normalise: bool, norm_eps: float, products: torch.dtype | None
+) -> Tensor:
+    """Evaluate ``mlp_features`` without gradient, some rows at a time, so that hidden values stay in the caches.
+
+    Arguments as there: x ``[..., D]``, features ``[..., F]``.
+    """
+    with torch.no_grad():
+        rows = x.reshape(-1, x.shape[-1])
+        w1, b1, w2, b2, w3, b3 = (weight.to(products or x.dtype) for weight in weights)
+        features = rows.new_empty(len(rows), len(w3))
+        block = _CPU_ROWS if x.device.type == "cpu" else max(1, len(rows))
+        for start in range(0, len(rows), block):
+            some = slice(start, start + block)
+            hidden = functional.silu(functional.linear(rows[some].to(w1.dtype), w1, b1), inplace=True)
+            hidden = functional.silu(functional.linear(hidden, w2, b2), inplace=True)
+            part = functional.elu(functional.linear(hidden, w3, b3).to(x.dtype), inplace=True).add_(1.0)
+            if normalise:
+                part = part.div_(torch.linalg.vector_norm(part, dim=-1, keepdim=True) + norm_eps)
+            features[some] = part
+        return features.view(*x.shape[:-1], features.shape[-1])
 
 
 @lru_cache(maxsize=8)

@@ -154,7 +154,7 @@ class Distiller:
     def memory_bytes(self) -> int:
         """Device memory that the next run is estimated to need for training: what a host can be asked for before it."""
         newest = (self.replay.samples() or (None,))[-1]
-        return training_bytes(self.bank, newest, averaged=self.config.update.average_decay > 0.0)
+        return training_bytes(self.bank, newest, self.config.update)
 
     def __call__(self, call: AttentionCall, native: NativeAttention) -> Tensor:
         """Answer a call, ``[B, H, Nq, Dv]``, with ``native`` or, in a preview, with a ready student."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ttr_distill.metrics import MetricValue
 from ttr_distill.seeding import stream
 from ttr_distill.student.attention import StudentAttention
+from ttr_distill.student.key_draw import KeyDraw
 from ttr_distill.student.readiness import LayerReadiness
 from ttr_distill.training.loss import DistillLoss
 from ttr_distill.training.memory import MemoryLadder
@@ -19,7 +20,7 @@ from ttr_distill.training.state import integer, load_optimizer, optimizer_tensor
 from ttr_distill.training.update import UpdateConfig, UpdateResult, make_optimizer, measure_heldout, update_student
 
 COUNTERS = ("updates", "skipped", "refused", "held_back")
-_STREAMS = ("queries", "replay")
+_STREAMS = ("queries", "replay", "keys")
 _WARM_UP = 10
 
 LayerState = tuple[dict[str, Tensor], dict[str, int]]
@@ -115,6 +116,7 @@ class LayerTraining:
         rows = self.ladder.rows(sample.k.shape[0], self.generators["replay"])
         if rows != slice(None):
             sample = sample.moved(sample.k.device, rows)
+        count = self.config.key_count
         with self.ladder.fewer_landmarks(self.learner):
             result = update_student(
                 self.learner,
@@ -124,6 +126,7 @@ class LayerTraining:
                 self.config,
                 rate=self.config.rate(self.updates),
                 query_chunk=self.ladder.query_chunk,
+                key_draw=KeyDraw(count, self.generators["keys"]) if count else None,
             )
         self.results.append(result)
         self.step = sample.step

@@ -11,6 +11,7 @@ from ttr_distill.student.feature_map_gradient import ROW_VALUES
 from ttr_distill.student.hkr import HkrConfig
 from ttr_distill.student.joint import JointConfig
 from ttr_distill.training.replay import ReplaySample
+from ttr_distill.training.update import UpdateConfig
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ _UNKNOWN = 2**28
 """Bytes of an update's workspace where nothing is known of it."""
 
 
-def training_bytes(bank: StudentBank, sample: ReplaySample | None, *, averaged: bool = False) -> int:
+def training_bytes(bank: StudentBank, sample: ReplaySample | None, config: UpdateConfig) -> int:
     """Estimate what training needs on the device beside the model and the students' own weights.
 
     Moments of all layers, gradients of one, and the tensors of its update; not the replay, which has its own budget.
@@ -35,32 +36,34 @@ def training_bytes(bank: StudentBank, sample: ReplaySample | None, *, averaged: 
         bank: The students.
         sample: A call of the size to come, such as the latest one captured; ``None`` = nothing is known yet, and the
             students' workspace is taken for the whole of an update.
-        averaged: Whether there is a moving average of the weights beside the weights.
+        config: How the students are updated.
 
     Returns:
         Bytes. On the sizes measured between the true peak and twice of it.
     """
     sizes = [_FLOAT * sum(weight.numel() for weight in bank[layer].parameters()) for layer in bank.layers]
-    moments = (3 if averaged else 2) * sum(sizes)
+    moments = (3 if config.average_decay > 0.0 else 2) * sum(sizes)
     if sample is None:
         settings = bank.config.settings
         return moments + max(sizes) + 2 * int(getattr(settings, "workspace_bytes", _UNKNOWN))
-    return moments + max(sizes) + update_bytes(bank[sample.layer], sample)
+    return moments + max(sizes) + update_bytes(bank[sample.layer], sample, config.key_count)
 
 
-def update_bytes(student: StudentAttention, sample: ReplaySample) -> int:
+def update_bytes(student: StudentAttention, sample: ReplaySample, key_count: int) -> int:
     """Estimate what one update of a student on a sample needs: float32 copies, features, scores.
 
     Args:
         student: Which student.
         sample: Which sample; only its shapes count.
+        key_count: See ``UpdateConfig``.
     """
     batch, heads, keys, width = sample.k.shape
     queries = max(sample.train.positions.numel(), sample.heldout.positions.numel())
     columns = width + sample.v.shape[-1]
     copies = batch * heads * columns * (keys + 2 * queries)
     maps = [module for module in student.modules() if isinstance(module, StudentFeatureMap)]
-    features = sum(_map_bytes(one, batch * heads, keys + queries) for one in maps)
+    rest = max(0, keys - key_count) if key_count else 0
+    features = sum(_map_bytes(one, batch * heads, keys + queries, rest) for one in maps)
     return features + int(_FLOAT * (copies + batch * heads * queries * _score_columns(student, sample)))
 
 
@@ -96,10 +99,15 @@ def _score_columns(student: StudentAttention, sample: ReplaySample) -> float:
     return _SCORE_COPIES * min(float(keys), keys - image + landmarks)
 
 
-def _map_bytes(feature_map: StudentFeatureMap, rows: int, tokens: int) -> int:
-    """Bytes of features, of ``rows`` heads with so many tokens, and of what is kept to differentiate them."""
+def _map_bytes(feature_map: StudentFeatureMap, rows: int, tokens: int, rest: int) -> int:
+    """Bytes of features, of ``rows`` heads with so many tokens, and of what is kept to differentiate them.
+
+    ``rest`` of the tokens teach nothing where the map draws those that do.
+    """
     if not isinstance(feature_map, KernelFeatureMap):
         return _FLOAT * rows * tokens * 3 * feature_map.features
     values = ROW_VALUES * feature_map.hidden + 3 * feature_map.features
-    whole, chunk = _FLOAT * rows * tokens * values, 2 * _FLOAT * rows * min(tokens, _CHUNK) * values
+    alone = feature_map.features + 2 * feature_map.head_width if feature_map.layers == 3 else values
+    whole = _FLOAT * rows * ((tokens - rest) * values + rest * alone)
+    chunk = 2 * _FLOAT * rows * min(tokens, _CHUNK) * values
     return min(whole, max(feature_map.workspace_bytes, chunk))

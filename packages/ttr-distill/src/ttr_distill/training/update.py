@@ -10,6 +10,8 @@ from attn_dispatch import AttentionCall
 from torch import Tensor, nn
 
 from ttr_distill.student.attention import StudentAttention
+from ttr_distill.student.feature_map import drawing_keys
+from ttr_distill.student.key_draw import KeyDraw
 from ttr_distill.training.loss import DistillLoss, heldout_distance
 from ttr_distill.training.replay import Queries, ReplaySample
 
@@ -26,6 +28,8 @@ class UpdateConfig:
         weight_decay: AdamW weight decay of matrices; vectors and scalars have none.
         huber_beta: Where the smooth L1 distance turns linear, in units of the values.
         clip_norm: Largest gradient norm of a layer; 0 = no limit.
+        key_count: Token positions whose keys teach the feature networks in an update, drawn anew for each; see
+            ``KeyDraw``. 0 = all of a call.
         schedule: ``"constant"``, or ``"cosine"``: the steps of a layer shrink along half a cosine.
         schedule_updates: Updates of a layer until a cosine schedule has reached its end.
         final_rate: Share of the step that is left there.
@@ -38,6 +42,7 @@ class UpdateConfig:
     weight_decay: float = 0.01
     huber_beta: float = 0.05
     clip_norm: float = 1.0
+    key_count: int = 256
     schedule: Literal["constant", "cosine"] = "constant"
     schedule_updates: int = 1000
     final_rate: float = 0.1
@@ -51,6 +56,8 @@ class UpdateConfig:
         for name in ("alpha_rate_factor", "conditioner_rate_factor", "weight_decay", "clip_norm"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if self.key_count < 0:
+            raise ValueError(f"key_count must not be negative, got {self.key_count}; 0 = all keys")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be constant or cosine, got {self.schedule!r}")
         if self.schedule_updates < 1 or not 0.0 <= self.final_rate <= 1.0 or not 0.0 <= self.average_decay < 1.0:
@@ -125,6 +132,7 @@ def update_student(
     *,
     rate: float = 1.0,
     query_chunk: int | None = None,
+    key_draw: KeyDraw | None = None,
 ) -> UpdateResult:
     """Take one step on a sample's training queries; call it inside ``training_mode``.
 
@@ -138,6 +146,7 @@ def update_student(
         config: How to step.
         rate: Multiplies the learning rates; see ``UpdateConfig.rate``.
         query_chunk: Add up the gradient over so many queries at a time, to save memory; ``None`` = all at once.
+        key_draw: Which keys teach the feature networks; ``None`` = all.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for group in optimizer.param_groups:
@@ -147,7 +156,8 @@ def update_student(
     try:
         sums = torch.zeros(4, device=sample.k.device)
         for share, queries in _chunks(sample, query_chunk):
-            output = student(sample.call(queries), query_positions=queries.positions, selection=sample.selection)
+            with drawing_keys(student, key_draw):
+                output = student(sample.call(queries), query_positions=queries.positions, selection=sample.selection)
             terms = loss(output, queries.target, kept_queries(sample, queries))
             (terms.total * share).backward()
             sums += torch.stack([term.detach() * share for term in terms])
