@@ -6,7 +6,7 @@ Run from the repository root, for example::
 
 Each seed has its own training images, held-out images and draws. Finished seeds are kept in the output file, so that an
 interrupted comparison goes on where it stopped; a second student is added to the same file. ``--readme FILE`` prints
-the file's tables in Markdown. ``--keep`` takes rows of slow methods from an earlier file instead of learning again.
+the file's tables in Markdown.
 
 The column of LPIPS has random weights in its backbone (and needs the extra ``lpips``): it shows that images are
 compared, not what people see.
@@ -82,16 +82,18 @@ class Amounts:
         pool: Training images that relaxed gates and REINFORCE draw from.
         heldout: Held-out images.
         distill_images: Images that students which need training learn from, once for all seeds.
+        distill_updates: Updates for each attention call of these images that is learned from.
     """
 
     probe_images: int = 2
-    pair_images: int = 8
+    pair_images: int = 12
     relaxed_iterations: int = 18
     updates: int = 14
     judged: int = 2
     pool: int = 12
     heldout: int = 4
     distill_images: int = 12
+    distill_updates: int = 16
 
 
 def main() -> None:
@@ -110,8 +112,6 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--keep", nargs="*", default=[], metavar="METHOD", help="methods whose rows come from --old")
-    parser.add_argument("--old", type=Path)
     parser.add_argument("--readme", action="store_true", help="print the tables of --out and run nothing")
     arguments = parser.parse_args()
     if arguments.readme:
@@ -139,7 +139,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.name or arguments.student,
         {
             "settings": config.to_dict(),
-            "distilled_images": learned,
+            "distilled_images": amounts.distill_images if learned else 0,
+            "distilled_updates": learned,
             "student_cost": student_cost(sampler, bank) if arguments.student_cost is None else arguments.student_cost,
             "student_operations": student_cost(sampler, bank),
             "tokens": arguments.side**2,
@@ -149,29 +150,15 @@ def run(arguments: argparse.Namespace) -> None:
             "seeds": {},
         },
     )
-    if arguments.keep:
-        data["facts"]["kept"] = f"rows of {', '.join(arguments.keep)} come from an earlier run of the same comparison"
     for seed in range(arguments.seeds):
         if str(seed) in entry["seeds"]:
             continue
         start = time.process_time()
-        old = kept_rows(arguments, seed)
-        rows = compare(sampler, StudentBackend(bank), entry["student_cost"], amounts, seed, tuple(arguments.keep)) + old
+        rows = compare(sampler, StudentBackend(bank), entry["student_cost"], amounts, seed)
         entry["seeds"][str(seed)] = {"rows": rows, "cpu_seconds": time.process_time() - start}
         data["summary"] = {name: gains(summary(one), smoke(one)) for name, one in data["students"].items()}
         write_atomically(arguments.out, (json.dumps(data, indent=1) + "\n").encode())
         print(markdown(data), flush=True)
-
-
-def kept_rows(arguments: argparse.Namespace, seed: int) -> list[dict[str, object]]:
-    """Rows of the methods of ``--keep`` from the file ``--old``, of the same comparison and seed."""
-    if not arguments.keep:
-        return []
-    old = json.loads(arguments.old.read_text(encoding="utf-8"))
-    entry = old["students"][arguments.name or arguments.student]
-    if (entry["tokens"], entry["steps"], entry["guidance"]) != (arguments.side**2, arguments.steps, arguments.guidance):
-        raise ValueError(f"{arguments.old} holds another comparison")
-    return [one for one in entry["seeds"][str(seed)]["rows"] if one["method"] in arguments.keep]
 
 
 def new_file() -> dict[str, dict[str, object]]:
@@ -194,17 +181,18 @@ def images(prompts: Sequence[str], first: int, count: int, noise: int) -> Images
 
 
 def students(sampler: DifferentiableTinySampler, config: StudentConfig, amounts: Amounts) -> tuple[StudentBank, int]:
-    """Students for every layer, distilled unless they are of use without training; how many images they saw."""
+    """Students for every layer, distilled unless they are of use without training; the updates of a layer."""
     bank = StudentBank.for_layers(config, sampler.layers, sampler.heads, sampler.width)
     if bank[sampler.layers[0]].training_free:
         return bank, 0
-    distiller = Distiller(bank, ReadinessTracker(), DistillConfig(min_swap_layers=len(sampler.layers)), seed=0)
+    settings = DistillConfig(min_swap_layers=len(sampler.layers), train_steps_per_call=amounts.distill_updates)
+    distiller = Distiller(bank, ReadinessTracker(), settings, seed=0)
     prompts, seeds = images(training_prompts(), 0, amounts.distill_images, 9_000)
     for prompt, seed in zip(prompts, seeds, strict=True):
         sampler.sample([prompt], [seed], distiller)
         distiller.raise_pending()
     distiller.finish()
-    return bank, amounts.distill_images
+    return bank, distiller.updates // len(bank)
 
 
 def student_cost(sampler: DifferentiableTinySampler, bank: StudentBank) -> float:
@@ -222,13 +210,12 @@ def compare(
     cost: float,
     amounts: Amounts,
     seed: int,
-    keep: Sequence[str] = (),
 ) -> list[dict[str, object]]:
     """Learn by every method on this seed's training images and judge all masks on its held-out images."""
     shares = [(level - cost) / (1.0 - cost) for level in COSTS]
     steps, layers = sampler.steps, len(sampler.layers)
     counts = [min(steps * layers, max(0, round(share * steps * layers))) for share in shares]
-    rankings = rank(sampler, backend, cost, amounts, seed, [count / (steps * layers) for count in counts], keep)
+    rankings = rank(sampler, backend, cost, amounts, seed, [count / (steps * layers) for count in counts])
     judge, lpips = Judge(sampler, backend), LpipsDistance("squeeze", random_backbone=True)
     heldout = images(heldout_prompts(), seed * amounts.heldout, amounts.heldout, 50_000 + 100 * seed)
 
@@ -247,7 +234,7 @@ def compare(
             "mask": ["".join("F" if full else "." for full in step) for step in mask.tolist()],
         }
 
-    rows = [] if "all student" in keep else [measured("all student", 0.0, 0.0, budget.all_student(steps, layers))]
+    rows = [measured("all student", 0.0, 0.0, budget.all_student(steps, layers))]
     for level, count in zip(COSTS, counts, strict=True):
         masks: list[tuple[str, Tensor, float]] = []
         for draw in range(RANDOM_DRAWS):
@@ -255,7 +242,7 @@ def compare(
             rules = simple_rules(steps, layers, count, generator)
             masks += [(name, mask, 0.0) for name, mask in rules.items() if draw == 0 or name == "random"]
         masks += [(one.method, budget.top_k_mask(one.scores, count), one.rollouts) for one in rankings]
-        rows += [measured(name, level, rollouts, mask) for name, mask, rollouts in masks if name not in keep]
+        rows += [measured(name, level, rollouts, mask) for name, mask, rollouts in masks]
     return rows
 
 
@@ -271,9 +258,8 @@ def rank(
     amounts: Amounts,
     seed: int,
     shares: list[float],
-    keep: Sequence[str],
 ) -> list[Ranking]:
-    """Rankings of all methods but those of ``keep``; relaxed gates go on from flips, REINFORCE from the probe."""
+    """Rankings of all methods; relaxed gates go on from flips, REINFORCE from the probe."""
     prompts, noise = training_prompts(), 10_000 + 1_000 * seed
     probed = images(prompts, 5 * seed, amounts.probe_images, noise)
     judged = images(prompts, 5 * seed + amounts.probe_images, amounts.judged, noise + 100)
@@ -284,21 +270,17 @@ def rank(
     costs = AttentionCosts.of_student([cost] * len(sampler.layers))
     found = [rank_by_layer_error(sampler, probed, backend), rank_by_budget(sampler, probed, backend, costs)]
     found.append(rank_by_pairs(sampler, images(prompts, 5 * seed, amounts.pair_images, noise), backend, usable))
-    if {"probe", "flips", "relaxed", "reinforce"} <= set(keep):
-        return found
     path = sampler.trajectory(*probed)
     probe = rank_by_probe(sampler, probed, backend, path=path)
     flips = rank_by_flips(sampler, probed, backend, path=path)
     found += [probe, flips]
-    if "relaxed" not in keep:
-        gates = RelaxedConfig(iterations=amounts.relaxed_iterations, shares=usable)
-        found.append(rank_by_relaxed_gates(sampler, pool, backend, flips, gates, seed=seed))
-    if "reinforce" not in keep:
-        config = ControllerConfig(target_full=shares[1] if shares[1] in usable else usable[-1], learning_rate=2e-3)
-        policy = PolicyConfig(pixels_per_latent=4.0)
-        found.append(
-            rank_by_reinforce(sampler, pool, judged, backend, probe, config, amounts.updates, seed=seed, policy=policy)
-        )
+    gates = RelaxedConfig(iterations=amounts.relaxed_iterations, shares=usable)
+    found.append(rank_by_relaxed_gates(sampler, pool, backend, flips, gates, seed=seed))
+    config = ControllerConfig(target_full=shares[1] if shares[1] in usable else usable[-1], learning_rate=2e-3)
+    policy = PolicyConfig(pixels_per_latent=4.0)
+    found.append(
+        rank_by_reinforce(sampler, pool, judged, backend, probe, config, amounts.updates, seed=seed, policy=policy)
+    )
     return found
 
 

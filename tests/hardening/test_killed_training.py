@@ -72,6 +72,9 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(tmp_path: Path, long:
         process = start(tmp_path / "killed")
         assert process.stdout is not None
         begins.append(int(process.stdout.readline().rsplit(" ", 1)[-1]))
+        if begins[-1] == IMAGES:
+            process.communicate()
+            break
         process.stdout.readline()
         # In the middle of drawing, learning or saving: an image takes some hundredths of a second.
         time.sleep(draw.uniform(0.0, 0.4))
@@ -83,9 +86,9 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(tmp_path: Path, long:
         load_students(tmp_path / "killed", fingerprint="teacher", training=True)
     assert begins == sorted(begins)
     assert begins[0] == 0
-    assert begins[-1] > 0
+    assert 0 < begins[1] < IMAGES, "killed in the middle"
     last = finish(start(tmp_path / "killed"))
-    assert f"begins at {begins[-1]}\n" not in last
+    assert begins[-1] == IMAGES or f"begins at {begins[-1]}\n" not in last
     finish(whole)
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert expected.keys() == found.keys()
