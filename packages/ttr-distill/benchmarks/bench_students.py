@@ -5,9 +5,9 @@
 An update is everything between two of them: the student on 128 sampled queries, loss, backward pass, clipping and
 AdamW, at batch 1, 4 heads of width 128, 256 features and 1,024 tokens in float32. By default a quarter of so many keys
 teaches the feature network (``KeyDraw``); the update that all of them teach is timed too, and what its matrix products
-take alone. An answer is a whole call at 4,096 tokens, beside torch's exact
-attention in the same run. Before anything is timed, answers are compared with the student in float64, and gradients
-with those in float64 for the same draw of keys. Times are the process's own. Results go to
+take alone. An answer is a whole call at 4,096 tokens, beside torch's exact attention in the same run. Before anything
+is timed, answers are compared with the student in float64, and gradients with those in float64 for the same draw of
+keys. Times are the process's own. Results go to
 ``benchmarks/results/bench-students-cpu-<processor>-<date>.json``.
 """
 

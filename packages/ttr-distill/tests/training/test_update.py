@@ -188,6 +188,7 @@ def test_a_cosine_schedule_shrinks_every_group_alike(make_call: CallMaker, nativ
         {"huber_beta": 0.0},
         {"clip_norm": -1.0},
         {"weight_decay": math.nan},
+        {"key_count": -1},
     ],
 )
 def test_settings_out_of_range_are_refused(bad: dict[str, float]) -> None:
