@@ -2,7 +2,7 @@
 
 import torch
 import triton.language as tl
-from attn_kernels.hybrid.fused import columns
+from attn_kernels.hybrid.fused import TURN_WARPS, columns
 from attn_kernels.hybrid.fused_kernels import hybrid_turn_kernel
 from attn_kernels.taylor.fused_tokens import TOKENS
 
@@ -22,7 +22,7 @@ def _case(dtype, width, rank, project):
         },
         "floats": {"root": "fp32", "scale": "fp32"},
         "divisible": ("stride_b", "stride_h", "stride_n", "pitch"),
-        "options": {"default": {"num_warps": 4}},
+        "options": {"default": {"num_warps": TURN_WARPS}},
         "mma": dtype != "fp32" and project,
     }
 

@@ -38,6 +38,8 @@ WIDEST = 128
 """Widest head that the accumulators of the window kernels hold beside the scores of the series."""
 MOST_COORDINATES = 32
 """Most coordinates of the series that they hold besides."""
+TURN_WARPS = 8
+"""Warps that turn a block of tokens; with four the projection to 32 coordinates spills on sm_100."""
 
 
 def columns(dtype: torch.dtype) -> int:
@@ -150,7 +152,7 @@ def _turn(
         0 if mask is None else mask.stride(0), x.shape[1], x.shape[2], pitch, root, scale,
         D=x.shape[-1], BD=mean.shape[-1], BC=min(columns(x.dtype), mean.shape[-1]), BN=TOKENS, RANK=rank,
         BR=padded_width(rank), PROJECT=basis is not None, KEYS=keys > 0, HAS_MASK=mask is not None,
-        DTYPE=DTYPES[x.dtype], INTERPRET=interpreted(), num_warps=4,
+        DTYPE=DTYPES[x.dtype], INTERPRET=interpreted(), num_warps=TURN_WARPS,
     )  # fmt: skip
     return rows, dots
 
