@@ -46,17 +46,11 @@ def mlp_features_alone(
     """
     with torch.no_grad():
         rows = x.reshape(-1, x.shape[-1])
-        w1, b1, w2, b2, w3, b3 = (weight.to(products or x.dtype) for weight in weights)
-        features = rows.new_empty(len(rows), len(w3))
+        cast = [weight.to(products or x.dtype) for weight in weights]
         block = _CPU_ROWS if x.device.type == "cpu" else max(1, len(rows))
-        for start in range(0, len(rows), block):
-            some = slice(start, start + block)
-            hidden = functional.silu(functional.linear(rows[some].to(w1.dtype), w1, b1), inplace=True)
-            hidden = functional.silu(functional.linear(hidden, w2, b2), inplace=True)
-            part = functional.elu(functional.linear(hidden, w3, b3).to(x.dtype), inplace=True).add_(1.0)
-            if normalise:
-                part = part.div_(torch.linalg.vector_norm(part, dim=-1, keepdim=True) + norm_eps)
-            features[some] = part
+        features = rows.new_empty(len(rows), len(cast[-1]))
+        for some, into in zip(rows.split(block), features.split(block), strict=True):
+            into.copy_(mlp_features(some, cast, normalise=normalise, norm_eps=norm_eps, products=products))
         return features.view(*x.shape[:-1], features.shape[-1])
 
 
