@@ -49,7 +49,7 @@ def mlp_features_alone(
         cast = [weight.to(products or x.dtype) for weight in weights]
         block = _CPU_ROWS if x.device.type == "cpu" else max(1, len(rows))
         features = rows.new_empty(len(rows), len(cast[-1]))
-        for some, into in zip(rows.split(block), features.split(block), strict=True):
+        for some, into in zip(torch.split(rows, block), torch.split(features, block), strict=True):
             into.copy_(mlp_features(some, cast, normalise=normalise, norm_eps=norm_eps, products=products))
         return features.view(*x.shape[:-1], features.shape[-1])
 
